@@ -1,0 +1,1 @@
+"""What is not a sequence mixer: channel mixers, norms, heads."""

@@ -1,0 +1,1 @@
+"""Sequence mixers: a module is projections and one engine."""

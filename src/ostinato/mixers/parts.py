@@ -1,0 +1,126 @@
+"""The pieces that mixers share: a short convolution that streams, a token shift, norms of heads, gates."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ostinato.errors import ConfigurationError
+
+
+def softplus_inverse(y: Tensor) -> Tensor:
+    """x with softplus(x) = y, without overflow: x = y + log(1 − e^{−y})."""
+    return y + torch.log(-torch.expm1(-y))
+
+
+def log_uniform(size: int, low: float, high: float, floor: float = 0.0) -> Tensor:
+    """`size` draws of e^{U(log low, log high)}, not below `floor`."""
+    return torch.empty(size).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+
+
+def l2_normalize(x: Float[Tensor, "... dim"], eps: float = 1e-6) -> Float[Tensor, "... dim"]:
+    """x / √(Σx² + eps) over the last axis, in float32 at least; an all-zero vector stays zero."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def previous_is_same_sequence(reset: Bool[Tensor, "batch time"], lag: int) -> Bool[Tensor, "batch time"]:
+    """True where step t − lag belongs to the same sequence as t, the state before the chunk included."""
+    same = ~reset
+    result = same
+    for shift in range(1, lag):
+        shifted = F.pad(same[:, :-shift], (shift, 0), value=True) if shift < same.shape[1] else torch.ones_like(same)
+        result = result & shifted
+    return result
+
+
+class ShortConvolution(nn.Module):
+    """A causal depthwise convolution of a few taps that streams: y_t = Σ_i w_i ⊙ x_{t−i} (+ bias).
+
+    The state is the last width − 1 inputs, (batch, width − 1, channels), oldest first.
+    """
+
+    def __init__(self, channels: int, width: int = 4, *, bias: bool = False) -> None:
+        super().__init__()
+        if width < 1:
+            raise ConfigurationError(f"a convolution needs at least one tap, got width {width}")
+        self.channels, self.width = channels, width
+        bound = 1 / math.sqrt(width)
+        # weight[i] multiplies the input of i steps ago.
+        self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def initial_state(self, batch_size: int) -> Float[Tensor, "batch taps channels"]:
+        """Nothing was there before: zeros."""
+        return self.weight.new_zeros(batch_size, self.width - 1, self.channels)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time channels"],
+        state: Float[Tensor, "batch taps channels"],
+        reset: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch taps channels"]]:
+        """The convolved sequence, and the inputs that the next step will need."""
+        time, past = x.shape[1], self.width - 1
+        window = torch.cat([state.to(x.dtype), x], dim=1)
+        y = x * self.weight[0]
+        for lag in range(1, self.width):
+            tap = window[:, past - lag : past - lag + time] * self.weight[lag]
+            if reset is not None:
+                tap = tap * previous_is_same_sequence(reset, lag).unsqueeze(-1)
+            y = y + tap
+        if self.bias is not None:
+            y = y + self.bias
+        kept = window[:, window.shape[1] - past :]
+        if reset is not None and past:
+            # An input before the last reset must not reach a later step: forget it.
+            after = torch.cat([torch.zeros_like(reset[:, :1]).expand(-1, past), reset], dim=1)[:, -past:]
+            later = after.flip(1).cumsum(1).flip(1) - after.long()
+            kept = kept * (later == 0).unsqueeze(-1)
+        return y, kept
+
+
+class TokenShift(nn.Module):
+    """x_{t−1}, zero at the start of a sequence. The state is the last input, (batch, channels)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time channels"],
+        state: Float[Tensor, "batch channels"],
+        reset: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels"]]:
+        """The inputs of one step before, and the last input."""
+        previous = torch.cat([state.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
+        if reset is not None:
+            previous = previous.masked_fill(reset.unsqueeze(-1), 0)
+        return previous, x[:, -1]
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm over the last axis and an optional gate, before or after it.
+
+    gate after norm (GLA, Gated DeltaNet):   y = norm(x) ⊙ act(gate)
+    gate before norm (Mamba-2, M²RNN):       y = norm(x ⊙ act(gate))
+    """
+
+    def __init__(self, dim: int, *, gate: str | None = "silu", gate_first: bool = False, eps: float = 1e-5) -> None:
+        super().__init__()
+        if gate not in ("silu", "sigmoid", None):
+            raise ConfigurationError(f"gate must be 'silu', 'sigmoid' or None, got {gate!r}")
+        self.gate, self.gate_first = gate, gate_first
+        self.norm = nn.RMSNorm(dim, eps=eps)
+
+    def forward(self, x: Float[Tensor, "... dim"], gate: Float[Tensor, "... dim"] | None = None) -> Tensor:
+        """Normalised and gated."""
+        if self.gate is None or gate is None:
+            return self.norm(x)
+        opened = F.silu(gate) if self.gate == "silu" else torch.sigmoid(gate)
+        return self.norm(x * opened) if self.gate_first else self.norm(x) * opened

@@ -1,0 +1,73 @@
+"""The mixers by name. Adding one to the package is one line in `_BUILT_IN`; from outside, `ostinato.register`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ostinato.errors import ConfigurationError, UnknownNameError
+from ostinato.mixers.base import Mixer
+
+# name -> "module:class", imported when first asked for.
+_BUILT_IN = {
+    "min_gru": "minimal:MinGRU",
+}
+
+_registered: dict[str, type[Mixer]] = {}
+
+
+def mixers() -> list[str]:
+    """The names of all mixers, built in and registered, in alphabetical order."""
+    return sorted({*_BUILT_IN, *_registered})
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class of a name; raises `UnknownNameError`, which names the nearest."""
+    if name in _registered:
+        return _registered[name]
+    if name not in _BUILT_IN:
+        raise UnknownNameError("mixer", name, mixers())
+    module, _, attribute = _BUILT_IN[name].partition(":")
+    return getattr(import_module(f"ostinato.mixers.{module}"), attribute)
+
+
+def mixer(name: str, d_model: int, **options: Any) -> Mixer:
+    """Build a mixer by name: `mixer("gated_delta_net", d_model=256, heads=4)`.
+
+    Raises `UnknownNameError` for the name and `ConfigurationError` for an option that the mixer lacks.
+    """
+    import inspect
+
+    cls = mixer_class(name)
+    known = [p for p in inspect.signature(cls).parameters if p != "d_model"]
+    for option in options:
+        if option not in known:
+            raise ConfigurationError(f"{name} has no option {option!r}; it has {', '.join(known) or 'none'}")
+    return cls(d_model, **options)
+
+
+def register(name: str, cls: type[Mixer], *, check: bool = True) -> None:
+    """Make a mixer of your own available under `name`: to plans, the command line, `verify`.
+
+    With `check` (the default) the law is tried on a small instance first, in float64 on the CPU; a mixer
+    that breaks it raises `LawError` and is not registered. The class must build from
+    `cls(d_model)` alone.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Mixer)):
+        raise ConfigurationError(f"{cls!r} is not a subclass of ostinato.Mixer")
+    if name in _BUILT_IN:
+        raise ConfigurationError(f"{name!r} is a built-in mixer; choose another name")
+    if not name.isidentifier():
+        raise ConfigurationError(f"a mixer's name is an identifier such as my_mixer, got {name!r}")
+    if check:
+        from ostinato.testing import check_mixer
+
+        check_mixer(cls(16))
+    _registered[name] = cls
+
+
+def unregister(name: str) -> None:
+    """Forget a mixer that `register` added."""
+    if name not in _registered:
+        raise UnknownNameError("registered mixer", name, _registered)
+    del _registered[name]

@@ -1,0 +1,1 @@
+"""Engines: pure functions on tensors, one per algebraic class of recurrence."""

@@ -1,0 +1,61 @@
+"""What every engine asks of its arguments, and the rule for the types that it computes in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ostinato.errors import DtypeError, NonFiniteError, ShapeError
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which states and gates are kept: float32 for half precision, else the type itself."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def check_sequence(name: str, tensor: Tensor, axes: str) -> None:
+    """Raise unless `tensor` is floating (or complex), has the axes named in `axes`, and no axis is empty.
+
+    `axes` is for people and for counting: "batch time heads key_dim".
+    """
+    names = axes.split()
+    if not isinstance(tensor, Tensor):
+        raise DtypeError(f"{name} must be a tensor ({axes}), got {type(tensor).__name__}")
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise DtypeError(f"{name} must be floating point, got {tensor.dtype}; convert it, e.g. {name}.float()")
+    if tensor.ndim != len(names):
+        raise ShapeError(f"{name} must have {len(names)} axes ({axes}), got shape {tuple(tensor.shape)}")
+    for axis, size in zip(names, tensor.shape, strict=True):
+        if size == 0:
+            raise ShapeError(f"{name} is empty along {axis}: shape {tuple(tensor.shape)}; pass at least one element")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
+    """Raise unless `tensor.shape == shape`; `axes` names them."""
+    if tuple(tensor.shape) != shape:
+        raise ShapeError(f"{name} must have shape {shape} ({axes}), got {tuple(tensor.shape)}")
+
+
+def check_reset(reset: Tensor | None, batch: int, time: int) -> None:
+    """Raise unless `reset` is None or a (batch, time) tensor of bool."""
+    if reset is None:
+        return
+    if reset.dtype != torch.bool:
+        raise DtypeError(f"reset must be bool (True marks the first step of a new sequence), got {reset.dtype}")
+    check_shape("reset", reset, (batch, time), "batch time")
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """Raise `NonFiniteError` at the first tensor that holds NaN or infinity, and say where."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        bad = ~torch.isfinite(tensor)
+        if bad.any():
+            where = tuple(bad.nonzero()[0].tolist())
+            raise NonFiniteError(
+                f"{name} holds {tensor[where].item()} at index {where} ({int(bad.sum())} of {tensor.numel()} "
+                "elements are not finite); look at what produced it"
+            )

@@ -1,0 +1,1 @@
+"""The catalogue of papers: what each claims, the experiment, the verdict."""

@@ -1,0 +1,1 @@
+"""Circuits used as recurrent cells."""

@@ -1,0 +1,1 @@
+"""The training loop and the learning rules that plug into it."""
