@@ -48,7 +48,11 @@ def _umask() -> int:
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON, indented, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def read_json(path: str | Path) -> Any:
