@@ -1,0 +1,188 @@
+"""Running a paper's experiment: measured rows beside the paper's, written so that a stranger can check them.
+
+A paper's module, `papers/pNN_name.py`, holds two names:
+
+    claims = (
+        Claim("parity", "solves parity far beyond the trained length", theirs="1.00"),
+        ...
+    )
+
+    def experiment(run: Run) -> list[Measured]:
+        accuracy = run.part("parity", train_parity, run.choose(smoke=20, cpu=2000, gpu=20000), seed=run.seed)
+        return [Measured("parity", ours=f"{accuracy:.2f}", holds=accuracy > 0.95)]
+
+`Run.part` is what makes a run resumable: the value of a finished part is kept on disk, and is not computed
+again. `reproduce` writes `reports/NN/`: `result.json`, `index.html`, `figure-*.svg`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ostinato.errors import ConfigurationError
+from ostinato.papers.catalogue import System, module_path, system
+from ostinato.report import Figure, Page, Series, machine, save_svg
+
+BUDGETS = {"smoke": "seconds", "cpu": "minutes on two cores", "gpu": "minutes on one H100"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says: a key, the claim in words, and its number."""
+
+    key: str
+    text: str
+    theirs: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What we found for the claim `key`; `holds=None` says that this budget cannot tell."""
+
+    key: str
+    ours: str
+    holds: bool | None
+    note: str = ""
+
+
+@dataclass
+class Run:
+    """One run of an experiment: its budget and seed, and the folder that its finished parts are kept in."""
+
+    system: System
+    budget: str
+    seed: int
+    folder: Path
+    say: Callable[[str], None] = lambda message: None
+    """Reports progress in a line."""
+    sizes: dict[str, Any] = field(default_factory=dict)
+    """The widths, depths, lengths and steps that were used; they stand in the result."""
+    figures: list[Figure] = field(default_factory=list)
+
+    def choose(self, *, smoke: Any, cpu: Any, gpu: Any) -> Any:
+        """The value for this run's budget."""
+        return {"smoke": smoke, "cpu": cpu, "gpu": gpu}[self.budget]
+
+    def part(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, computed once per budget and seed; its value must be JSON.
+
+        A run that was interrupted and is started again takes the finished parts from the disk.
+        """
+        from ostinato.files import read_json, write_json
+
+        path = self.folder / "parts" / f"{self.budget}-{self.seed}-{name}.json"
+        if path.is_file():
+            self.say(f"{name}: kept from an earlier run")
+            return read_json(path)["value"]
+        self.say(name)
+        started = time.perf_counter()
+        value = function(*args, **kwargs)
+        write_json(path, {"value": value, "seconds": round(time.perf_counter() - started, 3)})
+        return value
+
+    def figure(self, title: str, series: Sequence[Series], **options: Any) -> None:
+        """Add a figure to the report."""
+        self.figures.append(Figure(title, list(series), **options))
+
+
+def load(which: System, folder: Path | None = None) -> ModuleType:
+    """Import the paper's module; raises `ConfigurationError` while the system is planned, or for a bad module."""
+    path = module_path(which, folder)
+    if path is None:
+        there = f"; of it, the library has the mixers {', '.join(which.mixers)}" if which.mixers else ""
+        raise ConfigurationError(
+            f"{which.label} {which.system} is planned: nobody has written its experiment yet{there}. "
+            "`ostinato papers` lists the state of each system"
+        )
+    spec = importlib.util.spec_from_file_location(f"ostinato.papers.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("claims", "experiment"):
+        if not hasattr(module, name):
+            raise ConfigurationError(f"{path} does not define {name!r}")
+    return module
+
+
+def reproduce(
+    number: int | str,
+    budget: str = "smoke",
+    *,
+    seed: int = 0,
+    out: str | Path = "reports",
+    say: Callable[[str], None] = lambda message: None,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Run the experiment of one system, write `out/NN/`, and return the result.
+
+    Args:
+        number: of the system.
+        budget: "smoke", "cpu" or "gpu".
+        seed: of every random draw.
+        out: the folder of reports. Parts that an interrupted run finished there are not computed again.
+        say: called with a line for each part.
+        folder: where the modules stand (the package, unless a test says otherwise).
+
+    Raises:
+        ConfigurationError: no such number or budget, or the system is planned.
+    """
+    from ostinato.files import write_json
+
+    which = system(number)
+    if budget not in BUDGETS:
+        raise ConfigurationError(f"there is no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
+    module = load(which, folder)
+    run = Run(which, budget, seed, Path(out) / which.label, say)
+    started = time.perf_counter()
+    measured = {row.key: row for row in module.experiment(run)}
+    unknown = set(measured) - {claim.key for claim in module.claims}
+    if unknown:
+        raise ConfigurationError(f"{module.__name__} measured what it does not claim: {', '.join(sorted(unknown))}")
+    missing = Measured("", "not measured", None, "this budget does not test it")
+    claims = []
+    for claim in module.claims:
+        row = measured.get(claim.key, missing)
+        claims.append(
+            {"key": claim.key, "claim": claim.text, "theirs": claim.theirs}
+            | {"ours": row.ours, "holds": row.holds, "note": row.note}
+        )
+    outcome = {
+        "number": which.number,
+        "system": which.system,
+        "title": which.title,
+        "arxiv": which.arxiv,
+        "budget": budget,
+        "seed": seed,
+        "sizes": run.sizes,
+        "claims": claims,
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": machine(),
+    }
+    write_json(run.folder / "result.json", outcome)
+    for index, figure in enumerate(run.figures, start=1):
+        save_svg(figure, run.folder / f"figure-{index}.svg")
+    _page(outcome, run.figures).save(run.folder / "index.html")
+    return outcome
+
+
+def verdict(holds: bool | None) -> str:
+    """The word for a claim's outcome."""
+    return {True: "holds", False: "does not hold", None: "not tested"}[holds]
+
+
+def _page(outcome: dict[str, Any], figures: Sequence[Figure]) -> Page:
+    page = Page(f"{outcome['number']:02d} {outcome['system']}", f"{outcome['title']} (arXiv {outcome['arxiv']})")
+    rows = [[c["claim"], c["theirs"], c["ours"], verdict(c["holds"]), c["note"]] for c in outcome["claims"]]
+    page.table(["claim", "theirs", "ours", "verdict", "note"], rows)
+    for figure in figures:
+        page.figure(figure)
+    page.heading("How it was had")
+    facts = {"budget": outcome["budget"], "seed": outcome["seed"], "seconds": outcome["seconds"]}
+    page.table(["what", "value"], [[k, v] for k, v in {**facts, **outcome["sizes"], **outcome["machine"]}.items()])
+    return page
