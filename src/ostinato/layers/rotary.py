@@ -59,6 +59,4 @@ def rotate(
 def check_rotary_dim(dim: int) -> None:
     """Raise `ConfigurationError` if a head of this width cannot be rotated."""
     if dim % 2:
-        raise ConfigurationError(
-            f"rotary embedding turns pairs of channels, so the head's width must be even, got {dim}"
-        )
+        raise ConfigurationError(f"rotary embedding turns pairs of channels: the head's width must be even, got {dim}")

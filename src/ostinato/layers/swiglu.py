@@ -19,6 +19,8 @@ class SwiGLU(nn.Module):
         d_model: width.
         hidden: inner width; None takes 8/3 · d_model, rounded up to a multiple of 8, at which the three
             matrices have as many parameters as an ungated layer with inner width 4 · d_model.
+
+    Weights start at N(0, 0.02²).
     """
 
     def __init__(self, d_model: int, hidden: int | None = None) -> None:
@@ -31,6 +33,8 @@ class SwiGLU(nn.Module):
         self.to_gate = nn.Linear(d_model, hidden, bias=False)
         self.to_value = nn.Linear(d_model, hidden, bias=False)
         self.to_output = nn.Linear(hidden, d_model, bias=False)
+        for projection in (self.to_gate, self.to_value, self.to_output):
+            nn.init.normal_(projection.weight, std=0.02)
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """The map itself."""

@@ -63,6 +63,8 @@ class Mixer(nn.Module):
     """Names of own parameters that an optimiser must not decay (decay rates, biases, norms' weights are)."""
     learning_rate_cap: ClassVar[dict[str, float]] = {}
     """Own parameters whose learning rate may not exceed the value (S4's A, B and Δ: 1e-3)."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What `mix` takes by name besides x, of what a backbone is given: ("tokens",) for token ids, say."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -87,6 +89,7 @@ class Mixer(nn.Module):
         state: State = None,
         *,
         reset: Bool[Tensor, "batch time"] | None = None,
+        **context: Any,
     ) -> tuple[Float[Tensor, "batch time d_model"], State]:
         """All outputs, and the state after the last step.
 
@@ -94,6 +97,7 @@ class Mixer(nn.Module):
             x: the sequence.
             state: where to go on from; None starts anew.
             reset: True marks the first step of a new sequence: nothing from before it is seen.
+            context: what this mixer `needs` besides x; handed to `mix`.
 
         Raises:
             ShapeError, DtypeError: x or reset does not fit.
@@ -107,7 +111,7 @@ class Mixer(nn.Module):
             state = self.initial_state(x.shape[0])
         elif not torch.compiler.is_compiling():
             self.check_state(state, x.shape[0])
-        return self.mix(x, state, reset)
+        return self.mix(x, state, reset, **context)
 
     def step(self, x: Float[Tensor, "batch d_model"], state: State) -> tuple[Float[Tensor, "batch d_model"], State]:
         """One step. The engines take their one-step definition for a sequence of length one."""
