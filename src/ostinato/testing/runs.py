@@ -54,9 +54,10 @@ def route(name: str) -> Iterator[None]:
 def poisoned() -> Iterator[None]:
     """Fill memory from `torch.empty` with NaN, so that whatever reads it before writing is found out."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    setting: Any = torch.utils.deterministic
+    filled = setting.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    setting.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             # On a GPU some operations have no deterministic twin; we are after the fill alone.
@@ -64,7 +65,7 @@ def poisoned() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[assignment]
+        setting.fill_uninitialized_memory = filled
 
 
 def generator(*key: Any) -> torch.Generator:
@@ -210,14 +211,13 @@ def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[flo
         # Equal infinities (a running maximum before its first input) are no error.
         gap = torch.where(a == b, torch.zeros((), dtype=torch.float64), (a - b).abs())
         size = torch.where(torch.isfinite(b.abs()), b.abs(), 0.0)
-        pairs[name] = gap.max().item(), size.max().item()
+        pairs[name] = float(gap.max()), float(size.max())
     if not pairs:
         return 0.0, ""
     largest = max(size for _, size in pairs.values())
     worst, place = -1.0, ""
-    for name, (gap, size) in pairs.items():
-        scale = max(size, 0.01 * largest) or 1.0
-        error = gap / scale
+    for name, (apart, extent) in pairs.items():
+        error = apart / (max(extent, 0.01 * largest) or 1.0)
         if math.isnan(error):
             return math.nan, name
         if error > worst:
