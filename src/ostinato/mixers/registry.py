@@ -10,7 +10,20 @@ from ostinato.mixers.base import Mixer
 
 # name -> "module:class", imported when first asked for.
 _BUILT_IN = {
+    "attention": "attention:Attention",
+    "delta_net": "delta_net:DeltaNet",
+    "delta_product": "delta_product:DeltaProduct",
+    "gated_delta_net": "gated_delta_net:GatedDeltaNet",
+    "gated_delta_product": "delta_product:GatedDeltaProduct",
+    "gla": "gla:GLA",
+    "hgrn2": "hgrn2:HGRN2",
+    "kimi_delta_attention": "kimi_delta_attention:KimiDeltaAttention",
+    "linear_attention": "linear_attention:LinearAttention",
+    "mamba2": "mamba2:Mamba2",
     "min_gru": "minimal:MinGRU",
+    "mlstm": "mlstm:MLSTM",
+    "retnet": "retnet:RetNet",
+    "rwkv7": "rwkv7:RWKV7",
 }
 
 _registered: dict[str, type[Mixer]] = {}

@@ -1,0 +1,69 @@
+"""Gated linear attention: every key channel of the memory has its own data-dependent decay.
+
+Source: GLA (arXiv 2312.06635), section 4.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ostinato.mixers.base import Traits
+from ostinato.mixers.heads import KeyValueMixer, MatrixState, widened
+from ostinato.ops.linear_attention import linear_attention
+
+
+class GLA(KeyValueMixer):
+    """S_t = diag(α_t) S_{t−1} + k_t v_tᵀ, o_t = S_tᵀ q_t with log α_t = logsigmoid(W_2 W_1 x + b) / τ.
+
+    q = W_q x K^{−1/2}, k = W_k x, v = W_v x, no activation; y = W_o [RMSNorm(o) ⊙ silu(W_g x)].
+
+    Args:
+        d_model: width.
+        heads: number of heads; must divide d_model.
+        expand_k, expand_v: total width of keys and of values over d_model (rounded down per head).
+        gate_rank: the rank of W_2 W_1.
+        temperature: τ; it divides the logarithm of the decay, α = σ(·)^{1/τ}.
+        gate_floor: the least log α; None for no bound.
+        conv: taps of a short convolution over q, k and v, followed by SiLU; None (the paper) for none.
+    """
+
+    traits = Traits(
+        engine="linear_attention",
+        transition="data vector",
+        state="heads × key_dim × value_dim",
+        paper="GLA (arXiv 2312.06635)",
+    )
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int = 4,
+        expand_k: float = 0.5,
+        expand_v: float = 1.0,
+        gate_rank: int = 16,
+        temperature: float = 16.0,
+        gate_floor: float | None = None,
+        conv: int | None = None,
+    ) -> None:
+        super().__init__(d_model, heads, expand_k=expand_k, expand_v=expand_v, conv=conv, gate="silu")
+        self.temperature, self.gate_floor = temperature, gate_floor
+        self.to_decay = nn.Sequential(
+            nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, heads * self.key_dim)
+        )
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """log α, (batch, time, heads, key_dim), in float32 at least."""
+        log_decay = F.logsigmoid(widened(self.to_decay(x))) / self.temperature
+        if self.gate_floor is not None:
+            log_decay = log_decay.clamp(min=self.gate_floor)
+        return log_decay.unflatten(-1, (self.heads, -1))
+
+    def mix(self, x: Tensor, state: MatrixState, reset: Tensor | None) -> tuple[Tensor, MatrixState]:
+        """The recurrence, over the whole sequence."""
+        queries, keys, values, window = self.project(x, state.window, reset)
+        if window is not None:
+            queries, keys, values = F.silu(queries), F.silu(keys), F.silu(values)
+        queries = queries * self.key_dim**-0.5
+        outputs, memory = linear_attention(queries, keys, values, self.log_decay(x), state.memory, reset=reset)
+        return self.read_out(outputs, x), MatrixState(memory, window)

@@ -1,0 +1,70 @@
+"""Retention: linear attention whose heads forget at fixed rates, with rotary positions.
+
+Source: RetNet (arXiv 2307.08621), section 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ostinato.layers.rotary import check_rotary_dim, positions, rotate
+from ostinato.mixers.base import Traits
+from ostinato.mixers.heads import KeyValueMixer
+from ostinato.ops.linear_attention import linear_attention
+
+
+class RetNetState(NamedTuple):
+    """The memory of every head, and how many steps of the present sequence went before."""
+
+    memory: Float[Tensor, "batch heads key_dim value_dim"]
+    position: Int[Tensor, " batch"]
+
+
+class RetNet(KeyValueMixer):
+    """S_t = γ_h S_{t−1} + k_t v_tᵀ, o_t = S_tᵀ q_t with γ_h = 1 − 2^{−5−h}, h = 0 … heads − 1.
+
+    q = R_t W_q x K^{−1/2} and k = R_t W_k x are turned by their positions (rotary embedding), which start
+    at 0 at every reset; y = W_o [RMSNorm(o) ⊙ silu(W_g x)]. The decays are fixed, not learned.
+
+    Args:
+        d_model: width.
+        heads: number of heads; must divide d_model and leave an even key width. The paper has 8.
+        expand_k, expand_v: total width of keys and of values over d_model (rounded down per head).
+        base: of the rotary frequencies.
+    """
+
+    traits = Traits(
+        engine="linear_attention",
+        transition="fixed scalar",
+        state="heads × key_dim × value_dim, position",
+        paper="RetNet (arXiv 2307.08621)",
+    )
+    log_decay: Tensor
+
+    def __init__(
+        self, d_model: int, heads: int = 4, expand_k: float = 1.0, expand_v: float = 2.0, base: float = 10000.0
+    ) -> None:
+        super().__init__(d_model, heads, expand_k=expand_k, expand_v=expand_v, conv=None, gate="silu")
+        check_rotary_dim(self.key_dim)
+        self.base = base
+        decay = -torch.exp2(-5 - torch.arange(heads, dtype=torch.float64))
+        self.register_buffer("log_decay", torch.log1p(decay), persistent=False)
+
+    def initial_state(self, batch_size: int) -> RetNetState:  # type: ignore[override]
+        """Zeros, at position 0."""
+        memory = self.zeros(batch_size, self.heads, self.key_dim, self.value_dim)
+        return RetNetState(memory, self.zeros(batch_size, dtype=torch.int64))
+
+    def mix(self, x: Tensor, state: RetNetState, reset: Tensor | None) -> tuple[Tensor, RetNetState]:
+        """The recurrence, over the whole sequence."""
+        queries, keys, values, _ = self.project(x, None, reset)
+        place, following = positions(state.position, x.shape[1], reset)
+        queries = rotate(queries, place, self.base) * self.key_dim**-0.5
+        keys = rotate(keys, place, self.base)
+        log_decay = self.log_decay.to(state.memory.dtype).expand(*x.shape[:2], -1)
+        outputs, memory = linear_attention(queries, keys, values, log_decay, state.memory, reset=reset)
+        return self.read_out(outputs, x), RetNetState(memory, following)
