@@ -51,7 +51,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     start = ord("\n")
-    end = None
+    end: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of the text; raises `DataError` for unpaired surrogates, which have none."""
