@@ -7,8 +7,9 @@ reads and writes contiguous memory.
 
 Decays are sums of logarithms. With G_i the sum of the log-decays of a chunk's tokens up to and with i, token j
 reaches token i ≥ j with the factor exp(G_i − G_j) ≤ 1. Only such differences are exponentiated, never exp(−G_j)
-alone, which overflows under strong decay. Where the decay differs by channel the factor does not leave the
-sum over channels, and the lower triangle is cut in halves until it does (`ChunkDecay.scores`).
+alone, which overflows under strong decay; and they are summed up, not subtracted, so that a weak decay after a
+strong one keeps its digits. Where the decay differs by channel the factor does not leave the sum over channels,
+and the lower triangle is cut in halves until it does (`ChunkDecay.scores`).
 
 A reset cuts a chunk into segments. Its own log-decay is dropped from the sum, which stays finite, and pairs of
 tokens from different segments are masked.
@@ -18,6 +19,7 @@ Source: GLA (arXiv 2312.06635), sections 4.1 to 4.3, with halving in place of it
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +31,14 @@ from ostinato.errors import ConfigurationError
 from ostinato.ops.scan import DIAGONAL, Affine
 
 
-def chunk_length(chunk_size: int, time: int) -> int:
-    """The chunk length that is used: `chunk_size`, or `time` if shorter, rounded up to a power of two.
-
-    Raises `ConfigurationError` for a size below 1.
-    """
+def check_chunk_size(chunk_size: int) -> None:
+    """Raise `ConfigurationError` for a chunk size below 1."""
     if chunk_size < 1:
         raise ConfigurationError(f"chunk_size must be positive, got {chunk_size}")
+
+
+def chunk_length(chunk_size: int, time: int) -> int:
+    """The chunk length that is used: `chunk_size`, or `time` if shorter, rounded up to a power of two."""
     return 1 << (min(chunk_size, time) - 1).bit_length()
 
 
@@ -58,15 +61,13 @@ def join(chunks: Float[Tensor, "chunks batch heads length dim"], time: int) -> F
 class ChunkDecay(NamedTuple):
     """How much of each token and of the entering state is left, in every chunk.
 
-    Each part is None where the factor is 1 for all. The last axis is 1 (one decay for all channels) or key_dim.
+    Each part is None where the factor is 1 for all. `channels` is 1 (one decay for all channels) or key_dim.
     """
 
-    cumulative: Float[Tensor, "chunks batch heads length channels"] | None
-    """G, the sum of log-decays up to and with each token; resets count as 0."""
-    segment: Float[Tensor, "chunks batch 1 length"] | None
-    """Which piece between resets a token belongs to; 0 is the piece that the entering state belongs to."""
     pairs: Float[Tensor, "chunks batch heads length length"] | None
-    """exp(G_i − G_j) for i ≥ j in one segment, else 0; None where it is all 1 or differs by channel."""
+    """exp(G_i − G_j) for i ≥ j in one segment, else 0. Where the decay differs by channel: 1 or 0."""
+    squares: list[tuple[Tensor, Tensor]] | None
+    """Where the decay differs by channel, for s = 1, 2, 4, …: the factors of `_halving_scores` for blocks of s."""
     entering: Float[Tensor, "chunks batch heads length channels"] | None
     """What is left of the entering state when a token reads it: exp(G), 0 after a reset."""
     leaving: Float[Tensor, "chunks batch heads length channels"] | None
@@ -88,17 +89,12 @@ class ChunkDecay(NamedTuple):
             columns: what was written, n steps per token; the steps of a token share its decay.
             strict: only columns of earlier steps than the row's (m = n): j < i.
         """
-        if self.cumulative is not None and self.cumulative.shape[-1] > 1:
-            scores = _halving_scores(rows, columns, self.cumulative)
-            if self.pairs is not None:
-                scores = scores * _repeat(self.pairs, rows.shape[-2], columns.shape[-2])
-        else:
-            scores = rows @ columns.mT
-            if self.pairs is not None:
-                scores = scores * _repeat(self.pairs, rows.shape[-2], columns.shape[-2])
-            elif not strict:
-                micro = columns.shape[-2] // rows.shape[-2]
-                scores = scores.tril() if micro == 1 else _token_tril(scores, micro)
+        scores = rows @ columns.mT if self.squares is None else _halving_scores(rows, columns, self.squares)
+        if self.pairs is not None:
+            scores = scores * _repeat(self.pairs, rows.shape[-2], columns.shape[-2])
+        elif self.squares is None and not strict:
+            micro = columns.shape[-2] // rows.shape[-2]
+            scores = scores.tril() if micro == 1 else _token_tril(scores, micro)
         return scores.tril(-1) if strict else scores
 
 
@@ -119,30 +115,55 @@ def _token_tril(scores: Tensor, micro: int) -> Tensor:
     return scores.masked_fill(later.repeat_interleave(micro, dim=-1), 0)
 
 
-def _halving_scores(rows: Tensor, columns: Tensor, cumulative: Tensor) -> Tensor:
+def _halving_scores(rows: Tensor, columns: Tensor, squares: list[tuple[Tensor, Tensor]]) -> Tensor:
     """`ChunkDecay.scores` for decays that differ by channel, without resets.
 
-    A block of 2s tokens has two halves that are blocks of s, and a square, late rows against early columns.
-    With R the G of the last early token, G_i − G_j = (G_i − R) + (R − G_j), both ≤ 0: the square is a product of
-    matrices. All blocks of one size are done together, from single tokens up.
+    A block of 2s tokens has two halves that are blocks of s, and a square, late rows against early columns. With
+    R the G of the last early token, exp(G_i − G_j) = exp(G_i − R) exp(R − G_j), both ≤ 1: the square is a
+    product of matrices. All blocks of one size are done together, from single tokens up.
     """
-    length = cumulative.shape[-2]
-    m, n = rows.shape[-2] // length, columns.shape[-2] // length
-    rows, columns = rows.unflatten(-2, (length, m)), columns.unflatten(-2, (length, n))
-    blocks = rows @ columns.mT  # Of one token each: no decay between the steps of a token.
-    size = 1
-    while size < length:
-        halves = (length // (2 * size), 2, size)
-        summed = cumulative.unflatten(-2, halves)
-        early, late = summed[..., 0, :, :], summed[..., 1, :, :]
-        last = early[..., -1:, :]
-        read = rows.unflatten(-3, halves)[..., 1, :, :, :] * torch.exp(late - last).unsqueeze(-2)
-        write = columns.unflatten(-3, halves)[..., 0, :, :, :] * torch.exp(last - early).unsqueeze(-2)
+    length = 2 ** len(squares)
+    rows, columns = rows.unflatten(-2, (length, -1)), columns.unflatten(-2, (length, -1))
+    blocks = rows @ columns.mT  # Of one token each: there is no decay between the steps of a token.
+    for late, early in squares:
+        halves = (early.shape[-3], 2, early.shape[-2])
+        read = rows.unflatten(-3, halves)[..., 1, :, :, :] * late.unsqueeze(-2)
+        write = columns.unflatten(-3, halves)[..., 0, :, :, :] * early.unsqueeze(-2)
         square = read.flatten(-3, -2) @ write.flatten(-3, -2).mT
-        upper, lower = blocks.unflatten(-3, (length // (2 * size), 2)).unbind(-3)
-        top = torch.cat([upper, torch.zeros_like(upper)], dim=-1)
-        blocks = torch.cat([top, torch.cat([square, lower], dim=-1)], dim=-2)
-        size *= 2
+        upper, lower = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+        blocks = _below(upper, square, lower, 0.0)
+    return blocks.squeeze(-3)
+
+
+def _below(upper: Tensor, square: Tensor, lower: Tensor, fill: float) -> Tensor:
+    """The block matrix [[upper, fill], [square, lower]]."""
+    top = torch.cat([upper, torch.full_like(upper, fill)], dim=-1)
+    return torch.cat([top, torch.cat([square, lower], dim=-1)], dim=-2)
+
+
+def _sums(log_decay: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """Sums of log-decays, built up from halves so that no two large sums are ever subtracted.
+
+    Returns, for blocks of s = 1, 2, 4, … tokens, the sums from the start of each late half and to the end of each
+    early half, (…, blocks, s, channels); then, for the whole chunk, G and G_C − G.
+    """
+    before, after = log_decay.unsqueeze(-2), torch.zeros_like(log_decay).unsqueeze(-2)
+    squares = []
+    while before.shape[-3] > 1:
+        early, late = before.unflatten(-3, (-1, 2)).unbind(-3)
+        early_rest, late_rest = after.unflatten(-3, (-1, 2)).unbind(-3)
+        squares.append((late, early_rest))
+        before = torch.cat([early, early[..., -1:, :] + late], dim=-2)
+        after = torch.cat([early_rest + late[..., -1:, :], late_rest], dim=-2)
+    return squares, before.squeeze(-3), after.squeeze(-3)
+
+
+def _pair_sums(log_decay: Tensor, squares: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """G_i − G_j for i ≥ j, −∞ elsewhere, of one decay for all channels."""
+    blocks = torch.zeros_like(log_decay).unsqueeze(-2)
+    for late, early in squares:
+        upper, lower = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+        blocks = _below(upper, late + early.mT, lower, -torch.inf)
     return blocks.squeeze(-3)
 
 
@@ -152,49 +173,41 @@ def chunk_decay(
     length: int,
     dtype: torch.dtype,
 ) -> ChunkDecay:
-    """Cumulate the log-decays of a sequence in chunks of `length` tokens, and find its segments."""
-    if log_decay is None and reset is None:
-        return ChunkDecay(None, None, None, None, None, None)
-    cumulative = segment = pairs = None
-    if log_decay is not None:
-        if log_decay.ndim == 3:
-            log_decay = log_decay.unsqueeze(-1)
-        if reset is not None:
-            log_decay = log_decay.masked_fill(reset.unsqueeze(-1).unsqueeze(-1), 0)
-        cumulative = cut(log_decay, length).cumsum(-2)
-    scalar = cumulative is not None and cumulative.shape[-1] == 1
-    causal: Tensor | None = None
+    """Sum up the log-decays of a sequence in chunks of `length` tokens, and find its segments.
+
+    A log-decay of −∞ is allowed: it forgets everything.
+    """
+    same = first = final = None
     if reset is not None:
         # The filling is no reset: it belongs to the last segment, whose state it hands on unchanged.
-        segment = cut(reset.to(dtype).unsqueeze(-1).unsqueeze(-1), length).squeeze(-1).cumsum(-1)
-        same = segment.unsqueeze(-1) == segment.unsqueeze(-2)
-        causal = same.tril()
-    elif scalar:
-        causal = torch.ones(length, length, dtype=torch.bool, device=cumulative.device).tril()  # type: ignore[union-attr]
-    if scalar and cumulative is not None and causal is not None:
-        # Mask the exponent, not the exponential: inf · 0 would be NaN in the backward pass.
-        pairs = torch.exp((cumulative - cumulative.mT).masked_fill(~causal, -torch.inf))
-    elif causal is not None:
-        pairs = causal.to(dtype)
+        segment = cut(reset.to(dtype).unsqueeze(-1).unsqueeze(-1), length).cumsum(-2)
+        same = segment == segment.mT
+        first, final = segment == 0, segment == segment[..., -1:, :]
+    if log_decay is None:
+        if same is None or first is None or final is None:
+            return ChunkDecay(None, None, None, None, None)
+        return ChunkDecay(same.tril().to(dtype), None, first.to(dtype), final.to(dtype), first[..., -1:, :].to(dtype))
 
-    if cumulative is not None:
-        total = cumulative[..., -1:, :]
-        entering, leaving, carried = torch.exp(cumulative), torch.exp(total - cumulative), torch.exp(total).mT
-        if segment is not None:
-            whole = (segment[..., -1:] == 0).unsqueeze(-1)
-            entering = entering * (segment == 0).unsqueeze(-1)
-            leaving = leaving * (segment == segment[..., -1:]).unsqueeze(-1)
-            carried = carried * whole
-        return ChunkDecay(cumulative, segment, pairs, entering, leaving, carried)
-    assert segment is not None
-    return ChunkDecay(
-        None,
-        segment,
-        pairs,
-        (segment == 0).unsqueeze(-1).to(dtype),
-        (segment == segment[..., -1:]).unsqueeze(-1).to(dtype),
-        (segment[..., -1:] == 0).unsqueeze(-1).to(dtype),
-    )
+    if log_decay.ndim == 3:
+        log_decay = log_decay.unsqueeze(-1)
+    if reset is not None:
+        log_decay = log_decay.masked_fill(reset.unsqueeze(-1).unsqueeze(-1), 0)
+    # e to this is 0 in this type, with some to spare; sums of it stay finite, where those of −∞ would not.
+    log_decay = cut(log_decay.clamp(min=2 * math.log(torch.finfo(dtype).tiny)), length)
+    exponents, before, after = _sums(log_decay)
+    entering, leaving = torch.exp(before), torch.exp(after)
+    carried = entering[..., -1:, :].mT
+    pairs = squares = None
+    if log_decay.shape[-1] == 1:
+        sums = _pair_sums(log_decay, exponents)
+        # Mask the exponent, not the exponential: inf · 0 would be NaN in the backward pass.
+        pairs = torch.exp(sums if same is None else sums.masked_fill(~same, -torch.inf))
+    else:
+        squares = [(torch.exp(late), torch.exp(early)) for late, early in exponents]
+        pairs = None if same is None else same.to(dtype)
+    if first is not None and final is not None:
+        entering, leaving, carried = entering * first, leaving * final, carried * first[..., -1:, :]
+    return ChunkDecay(pairs, squares, entering, leaving, carried)
 
 
 def scaled(tensor: Tensor, factor: Tensor | None, micro: int = 1) -> Tensor:

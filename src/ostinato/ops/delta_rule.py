@@ -16,7 +16,17 @@ from torch import Tensor
 
 from ostinato.errors import ShapeError
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape
-from ostinato.ops.chunks import MATRIX, ChunkDecay, chunk_decay, chunk_length, chunk_states, cut, join, scaled
+from ostinato.ops.chunks import (
+    MATRIX,
+    ChunkDecay,
+    check_chunk_size,
+    chunk_decay,
+    chunk_length,
+    chunk_states,
+    cut,
+    join,
+    scaled,
+)
 from ostinato.ops.linear_attention import check_matrix_arguments, decay_factor
 from ostinato.ops.routes import Engine
 
@@ -231,6 +241,7 @@ def delta_rule(
         if other is not None:
             check_sequence(name, other, "batch time heads key_dim")
             check_shape(name, other, tuple(keys.shape), "batch time heads key_dim, as keys")
+    check_chunk_size(chunk_size)
     if validate:
         check_finite(queries=queries, keys=keys, values=values, beta=beta, log_decay=log_decay, state=state)
         check_finite(read_keys=read_keys, erase_keys=erase_keys)

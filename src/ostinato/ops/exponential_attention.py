@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ostinato.errors import ConfigurationError, DtypeError
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape
+from ostinato.ops.chunks import check_chunk_size
 from ostinato.ops.linear_attention import _parallel as linear_attention_in_chunks
 from ostinato.ops.linear_attention import check_matrix_arguments, linear_attention_step
 from ostinato.ops.routes import Engine
@@ -176,6 +177,7 @@ def exponential_attention(
     if state is not None:
         check_shape("state.normalizer", state[1], (batch, heads, key_dim), "batch heads key_dim")
         check_shape("state.maximum", state[2], (batch, heads), "batch heads")
+    check_chunk_size(chunk_size)
     if eps < 0:
         raise ConfigurationError(f"eps must not be negative, got {eps}")
     if validate:

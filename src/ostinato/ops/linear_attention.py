@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_reset, check_sequence, check_shape
-from ostinato.ops.chunks import chunk_decay, chunk_length, chunk_states, cut, join, scaled
+from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, chunk_states, cut, join, scaled
 from ostinato.ops.routes import Engine
 
 _engine = Engine("linear_attention")
@@ -141,6 +141,7 @@ def linear_attention(
     """
     check_matrix_arguments(queries, keys, values, log_decay, state, reset)
     check_shape("keys", keys, tuple(queries.shape), "batch time heads key_dim, as queries")
+    check_chunk_size(chunk_size)
     if validate:
         check_finite(queries=queries, keys=keys, values=values, log_decay=log_decay, state=state)
     dtype = accumulation_dtype(queries.dtype)
