@@ -1,0 +1,114 @@
+"""Word problems of finite groups: multiply everything seen so far (Siems et al. 2025, arXiv 2502.10297, section 5).
+
+For S5 the problem is complete for NC¹: no fixed-depth diagonal recurrence and no Transformer solves it at every
+length. Which groups a mixer can follow shows what its transitions can express.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+from typing import ClassVar
+
+import numpy as np
+
+from ostinato.errors import ConfigurationError
+from ostinato.tasks.base import Batch, GeneratedTask, as_batch, require
+
+
+@lru_cache(maxsize=16)
+def group_table(name: str) -> np.ndarray:
+    """The multiplication table of a group, `table[a, b]` = a∘b; element 0 is the identity.
+
+    Names: `S3` … `S6` (all permutations), `A4` … `A6` (the even ones), `Z7` (the integers mod 7), and direct products
+    such as `Z2xS3`. A product of permutations applies the right one first: (a∘b)(i) = a(b(i)).
+
+    Raises `ConfigurationError` for a name that is none of these or a group of over 1000 elements.
+    """
+    factors = [_simple_table(part) for part in name.split("x")]
+    table = factors[0]
+    for other in factors[1:]:
+        size = len(other)
+        table = (table[:, None, :, None] * size + other[None, :, None, :]).reshape(len(table) * size, -1)
+    require(len(table) <= 1000, f"{name} has {len(table)} elements; at most 1000 are supported")
+    table.setflags(write=False)
+    return table
+
+
+def _simple_table(name: str) -> np.ndarray:
+    match = re.fullmatch(r"([SAZ])(\d+)", name)
+    if match is None or int(match[2]) < 1:
+        raise ConfigurationError(f"there is no group {name!r}; groups are S3, A5, Z7 and products such as Z2xS3")
+    kind, n = match[1], int(match[2])
+    if kind == "Z":
+        require(n <= 1000, f"Z{n} has more than 1000 elements")
+        return np.add.outer(np.arange(n), np.arange(n)) % n
+    require(n <= 6, f"{name} has more than 1000 elements")
+    elements = [p for p in permutations(range(n)) if kind == "S" or _is_even(p)]
+    number = {p: index for index, p in enumerate(elements)}
+    return np.array([[number[tuple(a[i] for i in b)] for b in elements] for a in elements])
+
+
+def _is_even(permutation: tuple[int, ...]) -> bool:
+    n = len(permutation)
+    return sum(permutation[i] > permutation[j] for i in range(n) for j in range(i + 1, n)) % 2 == 0
+
+
+@dataclass
+class WordProblem(GeneratedTask):
+    """Elements x_1 … x_T, uniform; the answer at every t is x_1 ∘ … ∘ x_t.
+
+    Token 0 begins each sequence, element g is token g + 1. Every position but the first is scored. The metric is
+    the share of sequences with all of y_1 … y_T right.
+    """
+
+    name: ClassVar[str] = "word_problem"
+    metric: ClassVar[str] = "sequence_accuracy"
+
+    group: str = "S3"
+    length: int = 32
+    """Elements in a training sequence."""
+    tested_lengths: tuple[int, ...] = (32, 64, 128)
+
+    def __post_init__(self) -> None:
+        self.tested_lengths = tuple(self.tested_lengths)
+        require(self.length >= 1, f"length must be positive, got {self.length}")
+        require(len(group_table(self.group)) >= 2, f"the group {self.group} has one element: nothing to learn")
+
+    @property
+    def order(self) -> int:
+        """How many elements the group has."""
+        return len(group_table(self.group))
+
+    @property
+    def vocab_size(self) -> int:
+        """order + 1."""
+        return self.order + 1
+
+    @property
+    def chance(self) -> float:
+        """1 / order."""
+        return 1 / self.order
+
+    @property
+    def test_lengths(self) -> tuple[int, ...]:
+        """`tested_lengths`."""
+        return self.tested_lengths
+
+    def generate(self, rng: np.random.Generator, rows: int, length: int | None = None) -> Batch:
+        """Sequences of shape (rows, 1 + length)."""
+        length = length or self.length
+        table = group_table(self.group)
+        word = rng.integers(0, len(table), (rows, length))
+        inputs = np.zeros((rows, 1 + length), dtype=np.int64)
+        targets = np.zeros_like(inputs)
+        inputs[:, 1:] = word + 1
+        product = np.zeros(rows, dtype=np.int64)
+        for t in range(length):
+            product = table[product, word[:, t]]
+            targets[:, 1 + t] = product + 1
+        mask = np.ones(inputs.shape, dtype=bool)
+        mask[:, 0] = False
+        return as_batch(inputs, targets, mask)

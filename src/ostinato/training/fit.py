@@ -1,0 +1,490 @@
+"""The training loop: a thin one over Hugging Face Accelerate, that can be stopped at any step and resumed exactly.
+
+    history = fit(model, task, steps=1000, directory="runs/first")
+    history = fit(model, task, steps=1000, directory="runs/first", resume=True)     # after Ctrl-C, or kill -9
+
+A run is a folder: `run.json` (what was asked), `metrics.jsonl` (what happened, line by line), `history.json` (the
+same as one record), `checkpoints/` (see `ostinato.training.checkpoints`).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ostinato.state
+from ostinato._version import __version__
+from ostinato.errors import CheckpointError, ConfigurationError, DivergenceError
+from ostinato.files import FORMAT_VERSION, write_json
+from ostinato.tasks.base import Batch, Metrics, Task
+from ostinato.training import checkpoints
+from ostinato.training.carry import CarriedState
+from ostinato.training.evaluate import evaluate
+from ostinato.training.history import History, MetricsFile, read_metrics
+from ostinato.training.parameters import parameter_groups
+from ostinato.training.plugs import Curriculum, Gradient, Objective, backpropagation, shown_in_order, task_loss
+from ostinato.training.progress import ProgressBar, Silent
+from ostinato.training.schedules import Schedule, warmup_cosine
+
+
+@dataclass
+class Report:
+    """What a callback is told after each step."""
+
+    step: int
+    """Steps done."""
+    loss: float
+    gradient_norm: float
+    model: nn.Module
+    history: History
+    metrics: Metrics | None
+    """The scores, if the model was evaluated after this step."""
+
+
+Callback = Callable[[Report], bool | None]
+"""Called after each step; returning True ends the run there, with a checkpoint."""
+
+
+@dataclass
+class _Run:
+    """One call of `fit`: its parts, and how far it is."""
+
+    model: nn.Module
+    task: Task
+    accelerator: Any
+    optimizer: Any
+    prepared: nn.Module
+    schedule: Schedule
+    batch_size: int
+    seed: int
+    clip: float
+    accumulation: int
+    objective: Objective
+    gradient: Gradient
+    curriculum: Curriculum
+    carried: CarriedState
+    history: History
+    directory: Path | None
+    step: int = 0
+    rates: list[float] = field(default_factory=list)
+
+    def update(self) -> tuple[float, float, int]:
+        """Do the next step; returns its loss, the norm of its gradient (not finite: no update) and its tokens."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.schedule(self.step)
+        whole = self.curriculum(self.task, self.step, self.batch_size, self.seed)
+        # Every process draws the whole batch and takes its rows: the curve does not depend on their number.
+        rows = self.batch_size // self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        batch = whole.rows(rank * rows, (rank + 1) * rows).to(self.accelerator.device)
+        loss, state = self._gradients(batch)
+        norm = self._clip()
+        loss = float(self.accelerator.reduce(loss, reduction="mean"))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite or self.accelerator.scaler is not None:
+            # A gradient scaler (float16) must see overflows: it skips such a step itself and lowers its scale.
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.carried.update(state)
+        if not finite:
+            self.carried.clear_unless_finite()
+        self.step += 1
+        return loss, norm, whole.inputs.numel()
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Leave the gradient of the mean loss in the parameters; in `accumulation` parts of the rows."""
+        rows = batch.inputs.shape[0]
+        scored = batch.mask.sum()
+        total, states = torch.zeros((), device=batch.inputs.device), []
+        for index in range(self.accumulation):
+            start, stop = rows * index // self.accumulation, rows * (index + 1) // self.accumulation
+            part = batch.rows(start, stop)
+            weight = 1.0 if self.accumulation == 1 else part.mask.sum() / scored
+            with ExitStack() as stack:
+                if index < self.accumulation - 1:
+                    stack.enter_context(self.accelerator.no_sync(self.prepared))
+                loss, state = self.gradient(
+                    self.prepared,
+                    self.task,
+                    part,
+                    self.carried.rows(start, stop),
+                    self.objective,
+                    lambda value, weight=weight: self.accelerator.backward(value * weight),  # type: ignore[misc]
+                )
+            total = total + loss * weight
+            states.append(state)
+        return total, states[0] if len(states) == 1 else ostinato.state.concatenate(states)
+
+    def _clip(self) -> float:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return float(self.accelerator.clip_grad_norm_(parameters, self.clip if self.clip else math.inf))
+
+    def save(self, settings: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint, by the main process; all take part where tensors are spread over them."""
+        if self.directory is None:
+            return
+        state = ostinato.state.map(self.accelerator.gather, self.carried.value)
+        model = self.accelerator.unwrap_model(self.prepared)
+        notes = {**settings, "windows": self.carried.windows, "bytes": self.carried.bytes}
+
+        def write(folder: Path) -> None:
+            checkpoints.write_model(folder / "model", model, model.state_dict())
+            checkpoints.write_optimizer(folder / "optimizer.safetensors", self.optimizer.optimizer)
+            checkpoints.write_random(folder / "random.safetensors")
+            if state is not None:
+                ostinato.state.save(state, folder / "state.safetensors")
+
+        if self.accelerator.is_main_process:
+            checkpoints.save_checkpoint(self.directory / "checkpoints", self.step, notes, write, keep)
+            self.history.save(self.directory / "history.json")
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, path: Path, notes: dict[str, Any]) -> None:
+        """Go on from a checkpoint whose notes have been read; the weights are in the model already."""
+        checkpoints.read_optimizer(path / "optimizer.safetensors", self.optimizer.optimizer)
+        checkpoints.read_random(path / "random.safetensors")
+        self.step = notes["step"]
+        if (path / "state.safetensors").exists():
+            rows = self.batch_size // self.accelerator.num_processes
+            start = self.accelerator.process_index * rows
+            state = checkpoints.read_state(path / "state.safetensors", self.model)
+            state = ostinato.state.map(lambda leaf: leaf[start : start + rows].contiguous(), state)
+            self.carried.value = ostinato.state.to(state, self.accelerator.device)
+            self.carried.windows, self.carried.bytes = notes["windows"], notes["bytes"]
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    *,
+    steps: int = 1000,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.1,
+    warmup: int | None = None,
+    final_learning_rate: float = 0.1,
+    clip: float = 1.0,
+    seed: int = 0,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    evaluate_every: int | None = None,
+    evaluation_batches: int | None = None,
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int = 2,
+    mixed_precision: str = "no",
+    gradient_accumulation: int = 1,
+    device: str | None = None,
+    objective: Objective = task_loss,
+    gradient: Gradient = backpropagation,
+    curriculum: Curriculum = shown_in_order,
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    schedule: Schedule | None = None,
+    callbacks: Sequence[Callback] = (),
+    max_skipped: int = 10,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> History:
+    """Train a model on a task.
+
+    The model is any module with `model(tokens, state, reset=…) -> (logits, state)`. Where the task carries state, the
+    state at the end of a window enters the next one, without gradient.
+
+    Args:
+        steps: updates in all, those before a resume included.
+        batch_size: sequences in one update, over all processes.
+        learning_rate, weight_decay: see `parameter_groups`; some parameters take less.
+        warmup: steps of linear warm-up; None takes a twentieth of the steps, at most 200.
+        final_learning_rate: where the cosine ends, as a share of `learning_rate`.
+        clip: largest global norm of the gradient; 0 does not clip.
+        seed: of the batches, and of dropout. The caller's random state is left as it was.
+        directory: where the run is kept; None keeps nothing.
+        resume: go on from the last checkpoint in `directory`. Same task, batch_size and seed; on the same machine, a
+            resumed run ends with the same bits as one that was never stopped.
+        evaluate_every: steps between evaluations (None: a tenth of the run); one more at the end. 0: only that one.
+        evaluation_batches: at most so many test batches each time.
+        checkpoint_every: steps between checkpoints (None: a tenth of the run); one more at the end and on Ctrl-C.
+        keep_checkpoints: how many of them stay.
+        mixed_precision: "no", "bf16" or "fp16".
+        gradient_accumulation: parts in which the batch is done, to save memory; the result is the same.
+        device: "cpu" to stay there; None takes what Accelerate finds.
+        objective, gradient, curriculum: the places for learning rules, see `ostinato.training.plugs`.
+        optimizer: from parameter groups to an optimiser; None is AdamW with betas (0.9, 0.95).
+        schedule: from steps done to a factor on the learning rate; None is warm-up and cosine.
+        callbacks: called after each step; one that returns True ends the run there.
+        max_skipped: a step whose loss or gradient is not finite is skipped and counted; so many in a row are an error.
+        tensorboard: also write TensorBoard's files to the directory.
+        progress: show a bar.
+
+    Ctrl-C ends the run after the current step, with a checkpoint, and returns; `history.interrupted` says so. A second
+    Ctrl-C stops at once. One process, or many under `accelerate launch` (data parallel; dropout then repeats after a
+    resume only in the first process).
+
+    Raises:
+        ConfigurationError: an argument out of range; a run in `directory` that is not to be resumed; a resumed run
+            whose task, batch_size or seed is another.
+        CheckpointError: there is no run to resume, its checkpoint is damaged or newer, or one cannot be written.
+        DivergenceError: `max_skipped` steps in a row without a finite loss and gradient.
+    """
+    _check(steps, batch_size, gradient_accumulation, mixed_precision, keep_checkpoints, max_skipped, task)
+    directory = None if directory is None else Path(directory)
+    found = _find_run(directory, resume)
+    settings = {"task": _describe(task), "batch_size": batch_size, "seed": seed}
+    notes = {} if found is None else _same_run(found, settings)
+    if found is not None:
+        checkpoints.read_model(found / "model", model)
+
+    make = optimizer or (lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95)))
+    accelerator = _accelerator(mixed_precision, device)
+    if batch_size % (accelerator.num_processes * gradient_accumulation):
+        raise ConfigurationError(
+            f"batch_size={batch_size} is not divisible by {accelerator.num_processes} processes × "
+            f"gradient_accumulation={gradient_accumulation}"
+        )
+    # The parameters move to the device first: the optimiser must see them there.
+    model.to(accelerator.device)
+    raw = make(parameter_groups(model, learning_rate, weight_decay))
+    rates = [group["lr"] for group in raw.param_groups]
+    prepared, prepared_optimizer = accelerator.prepare(model, raw)
+    if warmup is None:
+        warmup = min(200, steps // 20)
+    run = _Run(
+        model,
+        task,
+        accelerator,
+        prepared_optimizer,
+        prepared,
+        schedule or warmup_cosine(steps, warmup, final_learning_rate),
+        batch_size,
+        seed,
+        clip,
+        gradient_accumulation,
+        objective,
+        gradient,
+        curriculum,
+        CarriedState(task.carries_state),
+        History(task.name, task.metric, task.higher_is_better),
+        directory,
+        rates=rates,
+    )
+    evaluate_every = max(1, steps // 10) if evaluate_every is None else evaluate_every
+    checkpoint_every = max(1, steps // 10) if checkpoint_every is None else checkpoint_every
+    training = model.training
+    with ExitStack() as stack:
+        devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        torch.manual_seed(seed + accelerator.process_index)
+        stack.callback(lambda: model.train(training))
+        stack.callback(lambda: accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
+        if found is not None:
+            run.restore(found, notes)
+        log = _Log(
+            run, stack, {**settings, "steps": steps, "learning_rate": learning_rate}, steps, progress, tensorboard
+        )
+        stopped = stack.enter_context(_interruptible())
+        prepared.train()
+        in_a_row, ended, saved = 0, False, run.step
+        while run.step < steps and not ended:
+            loss, norm, tokens = run.update()
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            in_a_row = 0 if finite else in_a_row + 1
+            log.step(loss, norm, tokens, finite)
+            if in_a_row >= max_skipped:
+                raise DivergenceError(
+                    f"the loss or its gradient was not finite in {in_a_row} steps in a row, up to step {run.step} "
+                    f"(loss {loss}, gradient norm {norm}): lower the learning rate ({learning_rate})"
+                )
+            last = run.step == steps
+            metrics = None
+            if last or (evaluate_every and run.step % evaluate_every == 0):
+                metrics = evaluate(prepared, task, batches=evaluation_batches)
+                log.evaluation(metrics)
+            report = Report(run.step, loss, norm, model, run.history, metrics)
+            ended = any([bool(callback(report)) for callback in callbacks]) or stopped.is_set()
+            run.history.interrupted, run.history.finished = stopped.is_set() and not last, last
+            if last or ended or (checkpoint_every and run.step % checkpoint_every == 0):
+                log.flush()
+                run.save(settings, keep_checkpoints)
+                saved = run.step
+        run.history.finished = run.step >= steps
+        if run.history.interrupted:
+            where = f"; step {saved} is saved in {directory}" if directory else ""
+            log.bar.say(f"interrupted after step {run.step}{where}")
+    return run.history
+
+
+class _Log:
+    """Where a run's numbers go: the history, metrics.jsonl, TensorBoard, the bar."""
+
+    def __init__(
+        self, run: _Run, stack: ExitStack, settings: dict[str, Any], steps: int, progress: bool, tensorboard: bool
+    ) -> None:
+        self._run = run
+        self._file: MetricsFile | None = None
+        self._board: Any = None
+        main = run.accelerator.is_main_process
+        if run.directory is not None and main:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            before = read_metrics(run.directory / "metrics.jsonl", run.step)
+            for line in before:
+                run.history.add(line)
+            self._file = MetricsFile(run.directory / "metrics.jsonl", before)
+            stack.callback(self._file.close)
+            header = {"format": "ostinato", "version": FORMAT_VERSION, "kind": "run", **settings}
+            versions = {"ostinato": __version__, "torch": torch.__version__}
+            write_json(
+                run.directory / "run.json",
+                {**header, "model": getattr(run.model, "config", None), "versions": versions},
+            )
+        if tensorboard and main:
+            self._board = _tensorboard(run.directory)
+            stack.callback(self._board.close)
+        show = progress and main and run.step < steps
+        self.bar: ProgressBar | Silent = ProgressBar(steps, run.step, run.task.metric) if show else Silent()
+        stack.callback(self.bar.close)
+        times = [*run.history.seconds[-1:], *(e.seconds for e in run.history.evaluations[-1:])]
+        self._start = time.perf_counter() - max(times, default=0.0)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._run.history.add(line)
+        if self._file is not None:
+            self._file.write(line)
+
+    def step(self, loss: float, norm: float, tokens: int, finite: bool) -> None:
+        """Take in a step that was done, or skipped."""
+        run = self._run
+        self._write(
+            {
+                "step": run.step,
+                "loss": loss if finite else None,
+                "learning_rate": max(group["lr"] for group in run.optimizer.param_groups),
+                "gradient_norm": norm if finite else None,
+                "tokens": run.history.tokens + tokens,
+                "seconds": round(time.perf_counter() - self._start, 4),
+            }
+        )
+        if finite:
+            self.bar.step(run.step, loss, tokens)
+            if self._board is not None:
+                self._board.add_scalar("train/loss", loss, run.step)
+                self._board.add_scalar("train/gradient_norm", norm, run.step)
+
+    def evaluation(self, metrics: Metrics) -> None:
+        """Take in scores."""
+        step = self._run.step
+        self._write({"step": step, "seconds": round(time.perf_counter() - self._start, 4), "metrics": metrics})
+        self.bar.evaluation(step, metrics)
+        self.flush()
+        for name, value in metrics.items() if self._board is not None else ():
+            self._board.add_scalar(f"test/{name}", value, step)
+
+    def flush(self) -> None:
+        """Hand what is written to the system."""
+        if self._file is not None:
+            self._file.flush()
+
+
+def _check(
+    steps: int, batch_size: int, accumulation: int, mixed_precision: str, keep: int, max_skipped: int, task: Task
+) -> None:
+    counts = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "gradient_accumulation": accumulation,
+        "keep_checkpoints": keep,
+        "max_skipped": max_skipped,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}")
+    if mixed_precision not in ("no", "bf16", "fp16"):
+        raise ConfigurationError(f"mixed_precision is 'no', 'bf16' or 'fp16', got {mixed_precision!r}")
+    if not hasattr(task, "train_batch"):
+        raise ConfigurationError(f"{task!r} is not a task; build one by ostinato.task(name, …)")
+
+
+def _find_run(directory: Path | None, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None begins anew."""
+    if directory is None:
+        if resume:
+            raise ConfigurationError("resume=True needs the directory of the run")
+        return None
+    if resume and not (directory / "run.json").exists() and checkpoints.last_checkpoint(directory) is None:
+        raise CheckpointError(f"there is no run in {directory} to resume")
+    found = checkpoints.last_checkpoint(directory)
+    if found is not None and not resume:
+        raise ConfigurationError(f"{directory} holds a run already: pass resume=True to go on, or another directory")
+    return found
+
+
+def _describe(task: Task) -> dict[str, Any]:
+    return {"name": task.name, "options": task.options(), "fingerprint": task.fingerprint()}
+
+
+def _same_run(found: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The notes of a checkpoint, if it is of this task, batch_size and seed."""
+    notes = checkpoints.read_checkpoint(found)
+    before = notes.get("task", {})
+    if before.get("fingerprint") != settings["task"]["fingerprint"]:
+        raise ConfigurationError(
+            f"{found} is of the task {before.get('name')} with {before.get('options')}, not of "
+            f"{settings['task']['name']} with {settings['task']['options']} (or its text has changed)"
+        )
+    for name in ("batch_size", "seed"):
+        if notes.get(name) != settings[name]:
+            raise ConfigurationError(f"{found} was trained with {name}={notes.get(name)}, not {settings[name]}")
+    return notes
+
+
+def _accelerator(mixed_precision: str, device: str | None) -> Any:
+    """An Accelerator of this call's own: its settings are global, so those of a call before are forgotten."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    if device not in (None, "cpu", "cuda", "mps", "xpu"):
+        raise ConfigurationError(f"device is None, 'cpu', 'cuda', 'mps' or 'xpu', got {device!r}")
+    if PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu")
+    if device is not None and accelerator.device.type != device:
+        raise ConfigurationError(f"there is no device {device!r} here; Accelerate found {accelerator.device}")
+    return accelerator
+
+
+def _tensorboard(directory: Path | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigurationError("tensorboard=True needs it installed: pip install 'ostinato[tensorboard]'") from error
+    if directory is None:
+        raise ConfigurationError("tensorboard=True needs a directory to write to")
+    return SummaryWriter(str(directory / "tensorboard"))
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets; a second Ctrl-C raises KeyboardInterrupt as usual. Only in the main thread."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
