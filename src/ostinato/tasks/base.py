@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,15 +46,19 @@ class Batch(NamedTuple):
 
     def to(self, device: Any) -> Batch:
         """The same batch on another device."""
-        return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+        return self._each(lambda tensor: tensor.to(device))
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the sequences."""
-        return Batch(*(part[start:stop] if isinstance(part, Tensor) else part for part in self))
+        return self._each(lambda tensor: tensor[start:stop])
 
     def steps(self, start: int, stop: int) -> Batch:
         """Some of the time steps."""
-        return Batch(*(part[:, start:stop] if isinstance(part, Tensor) else part for part in self))
+        return self._each(lambda tensor: tensor[:, start:stop])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        reset = None if self.reset is None else change(self.reset)
+        return Batch(change(self.inputs), change(self.targets), change(self.mask), reset, self.split)
 
 
 @dataclass

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ostinato.errors import ConfigurationError, DataError, UnknownNameError
+from ostinato.errors import DataError, UnknownNameError
 from ostinato.tasks.base import Batch, Metrics, Tally, Task, as_batch, require
 
 

@@ -122,8 +122,9 @@ def _sync(directory: Path) -> None:
 
 def write_model(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
     """The model's own `save_pretrained`, or its weights alone."""
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
+    save: Any = getattr(model, "save_pretrained", None)
+    if save is not None:
+        save(folder)
         return
     seen: set[int] = set()
     content = {}
@@ -187,8 +188,9 @@ def read_random(path: Path) -> None:
 
 def read_state(path: Path, model: nn.Module) -> Any:
     """The carried state, in the structure of this model's."""
-    if hasattr(model, "initial_state"):
-        like = model.initial_state(1)
+    initial_state: Any = getattr(model, "initial_state", None)
+    if initial_state is not None:
+        like = initial_state(1)
     else:
         with torch.no_grad():
             _, like = model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), None)

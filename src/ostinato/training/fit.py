@@ -12,28 +12,25 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import ostinato.state
-from ostinato._version import __version__
 from ostinato.errors import CheckpointError, ConfigurationError, DivergenceError
-from ostinato.files import FORMAT_VERSION, write_json
-from ostinato.tasks.base import Batch, Metrics, Task
+from ostinato.tasks.base import Metrics, Task
 from ostinato.training import checkpoints
 from ostinato.training.carry import CarriedState
 from ostinato.training.evaluate import evaluate
-from ostinato.training.history import History, MetricsFile, read_metrics
+from ostinato.training.history import History
+from ostinato.training.log import Log
 from ostinato.training.parameters import parameter_groups
 from ostinato.training.plugs import Curriculum, Gradient, Objective, backpropagation, shown_in_order, task_loss
-from ostinato.training.progress import ProgressBar, Silent
+from ostinato.training.run import Run
 from ostinato.training.schedules import Schedule, warmup_cosine
 
 
@@ -53,114 +50,6 @@ class Report:
 
 Callback = Callable[[Report], bool | None]
 """Called after each step; returning True ends the run there, with a checkpoint."""
-
-
-@dataclass
-class _Run:
-    """One call of `fit`: its parts, and how far it is."""
-
-    model: nn.Module
-    task: Task
-    accelerator: Any
-    optimizer: Any
-    prepared: nn.Module
-    schedule: Schedule
-    batch_size: int
-    seed: int
-    clip: float
-    accumulation: int
-    objective: Objective
-    gradient: Gradient
-    curriculum: Curriculum
-    carried: CarriedState
-    history: History
-    directory: Path | None
-    step: int = 0
-    rates: list[float] = field(default_factory=list)
-
-    def update(self) -> tuple[float, float, int]:
-        """Do the next step; returns its loss, the norm of its gradient (not finite: no update) and its tokens."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.schedule(self.step)
-        whole = self.curriculum(self.task, self.step, self.batch_size, self.seed)
-        # Every process draws the whole batch and takes its rows: the curve does not depend on their number.
-        rows = self.batch_size // self.accelerator.num_processes
-        rank = self.accelerator.process_index
-        batch = whole.rows(rank * rows, (rank + 1) * rows).to(self.accelerator.device)
-        loss, state = self._gradients(batch)
-        norm = self._clip()
-        loss = float(self.accelerator.reduce(loss, reduction="mean"))
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite or self.accelerator.scaler is not None:
-            # A gradient scaler (float16) must see overflows: it skips such a step itself and lowers its scale.
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.carried.update(state)
-        if not finite:
-            self.carried.clear_unless_finite()
-        self.step += 1
-        return loss, norm, whole.inputs.numel()
-
-    def _gradients(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Leave the gradient of the mean loss in the parameters; in `accumulation` parts of the rows."""
-        rows = batch.inputs.shape[0]
-        scored = batch.mask.sum()
-        total, states = torch.zeros((), device=batch.inputs.device), []
-        for index in range(self.accumulation):
-            start, stop = rows * index // self.accumulation, rows * (index + 1) // self.accumulation
-            part = batch.rows(start, stop)
-            weight = 1.0 if self.accumulation == 1 else part.mask.sum() / scored
-            with ExitStack() as stack:
-                if index < self.accumulation - 1:
-                    stack.enter_context(self.accelerator.no_sync(self.prepared))
-                loss, state = self.gradient(
-                    self.prepared,
-                    self.task,
-                    part,
-                    self.carried.rows(start, stop),
-                    self.objective,
-                    lambda value, weight=weight: self.accelerator.backward(value * weight),  # type: ignore[misc]
-                )
-            total = total + loss * weight
-            states.append(state)
-        return total, states[0] if len(states) == 1 else ostinato.state.concatenate(states)
-
-    def _clip(self) -> float:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return float(self.accelerator.clip_grad_norm_(parameters, self.clip if self.clip else math.inf))
-
-    def save(self, settings: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint, by the main process; all take part where tensors are spread over them."""
-        if self.directory is None:
-            return
-        state = ostinato.state.map(self.accelerator.gather, self.carried.value)
-        model = self.accelerator.unwrap_model(self.prepared)
-        notes = {**settings, "windows": self.carried.windows, "bytes": self.carried.bytes}
-
-        def write(folder: Path) -> None:
-            checkpoints.write_model(folder / "model", model, model.state_dict())
-            checkpoints.write_optimizer(folder / "optimizer.safetensors", self.optimizer.optimizer)
-            checkpoints.write_random(folder / "random.safetensors")
-            if state is not None:
-                ostinato.state.save(state, folder / "state.safetensors")
-
-        if self.accelerator.is_main_process:
-            checkpoints.save_checkpoint(self.directory / "checkpoints", self.step, notes, write, keep)
-            self.history.save(self.directory / "history.json")
-        self.accelerator.wait_for_everyone()
-
-    def restore(self, path: Path, notes: dict[str, Any]) -> None:
-        """Go on from a checkpoint whose notes have been read; the weights are in the model already."""
-        checkpoints.read_optimizer(path / "optimizer.safetensors", self.optimizer.optimizer)
-        checkpoints.read_random(path / "random.safetensors")
-        self.step = notes["step"]
-        if (path / "state.safetensors").exists():
-            rows = self.batch_size // self.accelerator.num_processes
-            start = self.accelerator.process_index * rows
-            state = checkpoints.read_state(path / "state.safetensors", self.model)
-            state = ostinato.state.map(lambda leaf: leaf[start : start + rows].contiguous(), state)
-            self.carried.value = ostinato.state.to(state, self.accelerator.device)
-            self.carried.windows, self.carried.bytes = notes["windows"], notes["bytes"]
 
 
 def fit(
@@ -257,7 +146,7 @@ def fit(
     prepared, prepared_optimizer = accelerator.prepare(model, raw)
     if warmup is None:
         warmup = min(200, steps // 20)
-    run = _Run(
+    run = Run(
         model,
         task,
         accelerator,
@@ -278,6 +167,20 @@ def fit(
     )
     evaluate_every = max(1, steps // 10) if evaluate_every is None else evaluate_every
     checkpoint_every = max(1, steps // 10) if checkpoint_every is None else checkpoint_every
+    asked = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "final_learning_rate": final_learning_rate,
+        "clip": clip,
+        "evaluate_every": evaluate_every,
+        "evaluation_batches": evaluation_batches,
+        "checkpoint_every": checkpoint_every,
+        "mixed_precision": mixed_precision,
+        "gradient_accumulation": gradient_accumulation,
+    }
+    header = {"task": settings["task"], "training": {"batch_size": batch_size, "seed": seed, **asked}}
     training = model.training
     with ExitStack() as stack:
         devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
@@ -287,9 +190,7 @@ def fit(
         stack.callback(lambda: accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
         if found is not None:
             run.restore(found, notes)
-        log = _Log(
-            run, stack, {**settings, "steps": steps, "learning_rate": learning_rate}, steps, progress, tensorboard
-        )
+        log = Log(run, stack, header, steps, progress, tensorboard)
         stopped = stack.enter_context(_interruptible())
         prepared.train()
         in_a_row, ended, saved = 0, False, run.step
@@ -309,7 +210,7 @@ def fit(
                 metrics = evaluate(prepared, task, batches=evaluation_batches)
                 log.evaluation(metrics)
             report = Report(run.step, loss, norm, model, run.history, metrics)
-            ended = any([bool(callback(report)) for callback in callbacks]) or stopped.is_set()
+            ended = sum(bool(callback(report)) for callback in callbacks) > 0 or stopped.is_set()
             run.history.interrupted, run.history.finished = stopped.is_set() and not last, last
             if last or ended or (checkpoint_every and run.step % checkpoint_every == 0):
                 log.flush()
@@ -320,77 +221,6 @@ def fit(
             where = f"; step {saved} is saved in {directory}" if directory else ""
             log.bar.say(f"interrupted after step {run.step}{where}")
     return run.history
-
-
-class _Log:
-    """Where a run's numbers go: the history, metrics.jsonl, TensorBoard, the bar."""
-
-    def __init__(
-        self, run: _Run, stack: ExitStack, settings: dict[str, Any], steps: int, progress: bool, tensorboard: bool
-    ) -> None:
-        self._run = run
-        self._file: MetricsFile | None = None
-        self._board: Any = None
-        main = run.accelerator.is_main_process
-        if run.directory is not None and main:
-            run.directory.mkdir(parents=True, exist_ok=True)
-            before = read_metrics(run.directory / "metrics.jsonl", run.step)
-            for line in before:
-                run.history.add(line)
-            self._file = MetricsFile(run.directory / "metrics.jsonl", before)
-            stack.callback(self._file.close)
-            header = {"format": "ostinato", "version": FORMAT_VERSION, "kind": "run", **settings}
-            versions = {"ostinato": __version__, "torch": torch.__version__}
-            write_json(
-                run.directory / "run.json",
-                {**header, "model": getattr(run.model, "config", None), "versions": versions},
-            )
-        if tensorboard and main:
-            self._board = _tensorboard(run.directory)
-            stack.callback(self._board.close)
-        show = progress and main and run.step < steps
-        self.bar: ProgressBar | Silent = ProgressBar(steps, run.step, run.task.metric) if show else Silent()
-        stack.callback(self.bar.close)
-        times = [*run.history.seconds[-1:], *(e.seconds for e in run.history.evaluations[-1:])]
-        self._start = time.perf_counter() - max(times, default=0.0)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._run.history.add(line)
-        if self._file is not None:
-            self._file.write(line)
-
-    def step(self, loss: float, norm: float, tokens: int, finite: bool) -> None:
-        """Take in a step that was done, or skipped."""
-        run = self._run
-        self._write(
-            {
-                "step": run.step,
-                "loss": loss if finite else None,
-                "learning_rate": max(group["lr"] for group in run.optimizer.param_groups),
-                "gradient_norm": norm if finite else None,
-                "tokens": run.history.tokens + tokens,
-                "seconds": round(time.perf_counter() - self._start, 4),
-            }
-        )
-        if finite:
-            self.bar.step(run.step, loss, tokens)
-            if self._board is not None:
-                self._board.add_scalar("train/loss", loss, run.step)
-                self._board.add_scalar("train/gradient_norm", norm, run.step)
-
-    def evaluation(self, metrics: Metrics) -> None:
-        """Take in scores."""
-        step = self._run.step
-        self._write({"step": step, "seconds": round(time.perf_counter() - self._start, 4), "metrics": metrics})
-        self.bar.evaluation(step, metrics)
-        self.flush()
-        for name, value in metrics.items() if self._board is not None else ():
-            self._board.add_scalar(f"test/{name}", value, step)
-
-    def flush(self) -> None:
-        """Hand what is written to the system."""
-        if self._file is not None:
-            self._file.flush()
 
 
 def _check(
@@ -458,16 +288,6 @@ def _accelerator(mixed_precision: str, device: str | None) -> Any:
     if device is not None and accelerator.device.type != device:
         raise ConfigurationError(f"there is no device {device!r} here; Accelerate found {accelerator.device}")
     return accelerator
-
-
-def _tensorboard(directory: Path | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigurationError("tensorboard=True needs it installed: pip install 'ostinato[tensorboard]'") from error
-    if directory is None:
-        raise ConfigurationError("tensorboard=True needs a directory to write to")
-    return SummaryWriter(str(directory / "tensorboard"))
 
 
 @contextmanager
