@@ -31,8 +31,8 @@ class RGLRUState(NamedTuple):
 class RGLRU(Mixer):
     """h_t = a_t ∘ h_{t−1} + √(1 − a_t²) ∘ (i_t ∘ x_t), inside the block Linear, conv4, RG-LRU, times GELU(Linear).
 
-    Recurrence gate r_t = σ(W_r x_t), input gate i_t = σ(W_i x_t), a_t = a^{c r_t} with c = 8 and a = e^{−softplus(rate)},
-    so log a_t = −c·softplus(rate)·r_t. At the start a^c is uniform in [0.9, 0.999].
+    Recurrence gate r_t = σ(W_r x_t), input gate i_t = σ(W_i x_t), a_t = a^{c r_t} with c = 8 and a =
+    e^{−softplus(rate)}, so log a_t = −c·softplus(rate)·r_t. At the start a^c is uniform in [0.9, 0.999].
 
     Args:
         d_model: width.

@@ -80,7 +80,7 @@ class S4(TimeInvariant):
         self.imaginary = nn.Parameter(eigenvalues.imag.to(dtype).clone())
         self.low_rank = nn.Parameter(as_pairs(low_rank))
         self.inputs = nn.Parameter(as_pairs(inputs))
-        self.outputs = nn.Parameter(torch.randn(d_model, self.half, 2) * math.sqrt(0.5))
+        self.outputs = nn.Parameter(torch.randn(d_model, self.pairs, 2) * math.sqrt(0.5))
         self.log_step = nn.Parameter(torch.log(log_uniform(d_model, step_min, step_max)))
 
     def system(self) -> DplrSystem:

@@ -67,8 +67,9 @@ class S4D(TimeInvariant):
         dtype = torch.get_default_dtype()
         self.log_real = nn.Parameter(torch.log(-eigenvalues.real).to(dtype))
         self.imaginary = nn.Parameter(eigenvalues.imag.to(dtype).clone())
+        self.inputs: Tensor
         self.register_buffer("inputs", as_pairs(inputs))
-        self.outputs = nn.Parameter(torch.randn(d_model, self.half, 2) * math.sqrt(0.5))
+        self.outputs = nn.Parameter(torch.randn(d_model, self.pairs, 2) * math.sqrt(0.5))
         self.log_step = nn.Parameter(torch.log(log_uniform(d_model, step_min, step_max)))
 
     def discrete_system(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,7 +65,7 @@ class S5(Mixer):
         size = split_heads(d_state, blocks, "d_state")
         if size % 2:
             raise ConfigurationError(f"d_state/blocks must be even, got {d_state}/{blocks}")
-        self.half = d_state // 2
+        self.pairs = d_state // 2
         system = diagonal_plus_low_rank("legs", size)
         eigenvalues = system.eigenvalues.repeat(blocks)
         basis = torch.block_diag(*[system.basis] * blocks)
@@ -77,12 +77,12 @@ class S5(Mixer):
         self.inputs = nn.Parameter(as_pairs(basis.mH @ inputs.to(basis.dtype)))
         self.outputs = nn.Parameter(as_pairs(outputs @ basis))
         self.skip = nn.Parameter(torch.randn(d_model))
-        self.log_step = nn.Parameter(torch.log(log_uniform(self.half, step_min, step_max)))
+        self.log_step = nn.Parameter(torch.log(log_uniform(self.pairs, step_min, step_max)))
         self.to_gate = nn.Linear(d_model, d_model) if gated else None
 
     def initial_state(self, batch_size: int) -> S5State:
         """Zeros."""
-        return S5State(self.zeros(batch_size, self.half, 2))
+        return S5State(self.zeros(batch_size, self.pairs, 2))
 
     def mix(self, x: Tensor, state: S5State, reset: Tensor | None) -> tuple[Tensor, S5State]:
         """The system over the whole sequence, the skip, the gate."""

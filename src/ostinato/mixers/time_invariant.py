@@ -22,12 +22,12 @@ from ostinato.ops.state_space import Block, apply_blocks
 OUTPUTS = ("glu", "none")
 
 
-def as_pairs(x: Complex[Tensor, "..."]) -> Float[Tensor, "... 2"]:
+def as_pairs(x: Complex[Tensor, " ..."]) -> Float[Tensor, "... 2"]:
     """Real and imaginary part along a new last axis, in the default type: how complex parameters are stored."""
     return torch.view_as_real(x.resolve_conj()).to(torch.get_default_dtype()).clone()
 
 
-def from_pairs(x: Float[Tensor, "... 2"]) -> Complex[Tensor, "..."]:
+def from_pairs(x: Float[Tensor, "... 2"]) -> Complex[Tensor, " ..."]:
     """The complex numbers of `as_pairs`; half precision becomes complex64."""
     wide = x.to(accumulation_dtype(x.dtype))
     return torch.complex(wide[..., 0], wide[..., 1])
@@ -56,7 +56,7 @@ class TimeInvariant(Mixer):
             raise ConfigurationError(f"d_state must be even and positive, got {d_state}")
         if block_length < 1 or rate <= 0:
             raise ConfigurationError(f"block_length and rate must be positive, got {block_length} and {rate}")
-        self.half = d_state // 2
+        self.pairs = d_state // 2
         self.block_length, self.rate = block_length, rate
         self.skip = nn.Parameter(torch.randn(d_model))
         self.to_output = nn.Linear(d_model, 2 * d_model) if output == "glu" else None
@@ -71,7 +71,7 @@ class TimeInvariant(Mixer):
 
     def initial_state(self, batch_size: int) -> TimeInvariantState:
         """Zeros."""
-        return TimeInvariantState(self.zeros(batch_size, self.d_model, self.half, 2))
+        return TimeInvariantState(self.zeros(batch_size, self.d_model, self.pairs, 2))
 
     def mix(self, x: Tensor, state: TimeInvariantState, reset: Tensor | None) -> tuple[Tensor, TimeInvariantState]:
         """The system over the whole sequence, the skip, the output part."""
@@ -87,4 +87,4 @@ class TimeInvariant(Mixer):
         y = (y + self.skip.to(y.dtype) * u).to(x.dtype)
         if self.to_output is not None:
             y = F.glu(self.to_output(F.gelu(y)), dim=-1)
-        return y, TimeInvariantState(coordinates.unflatten(-1, (self.half, 2)))
+        return y, TimeInvariantState(coordinates.unflatten(-1, (self.pairs, 2)))

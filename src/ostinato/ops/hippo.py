@@ -27,13 +27,13 @@ DIAGONALS = ("lin", "inv", "legs", "quad", "real")
 class DiagonalPlusLowRank(NamedTuple):
     """x' = (Λ − P P*) x + B u in the basis V: one of each pair of conjugate coordinates."""
 
-    eigenvalues: Complex[Tensor, "half"]
+    eigenvalues: Complex[Tensor, " half"]
     low_rank: Complex[Tensor, "rank half"]
-    inputs: Complex[Tensor, "half"]
+    inputs: Complex[Tensor, " half"]
     basis: Complex[Tensor, "size half"]
 
 
-def hippo_matrix(measure: str, size: int) -> tuple[Float[Tensor, "size size"], Float[Tensor, "size"]]:
+def hippo_matrix(measure: str, size: int) -> tuple[Float[Tensor, "size size"], Float[Tensor, " size"]]:
     """(A, B) of a HiPPO system, float64.
 
     - legs (scaled Legendre, the whole past): A[n,k] = −√(2n+1)√(2k+1) for n > k, −(n+1) for n = k, 0 above;
@@ -132,7 +132,7 @@ def diagonal_plus_low_rank(measure: str, size: int) -> DiagonalPlusLowRank:
     )
 
 
-def diagonal_system(name: str, size: int) -> tuple[Complex[Tensor, "half"], Complex[Tensor, "half"]]:
+def diagonal_system(name: str, size: int) -> tuple[Complex[Tensor, " half"], Complex[Tensor, " half"]]:
     """(Λ, B) of the diagonal initialisations of S4D, N/2 coordinates, complex128.
 
     lin: −½ + iπn. inv: −½ + i(N/π)(N/(2n+1) − 1). quad: −½ + i(1+2n)²/π. real: −(n+1). legs: the diagonal part of
@@ -160,8 +160,8 @@ def diagonal_system(name: str, size: int) -> tuple[Complex[Tensor, "half"], Comp
 
 
 def discretize(
-    matrix: Float[Tensor, "size size"], inputs: Float[Tensor, "size"], step: float, *, alpha: float | None = 0.5
-) -> tuple[Float[Tensor, "size size"], Float[Tensor, "size"]]:
+    matrix: Float[Tensor, "size size"], inputs: Float[Tensor, " size"], step: float, *, alpha: float | None = 0.5
+) -> tuple[Float[Tensor, "size size"], Float[Tensor, " size"]]:
     """(Ā, B̄) of a dense system: the generalised bilinear transform, or zero-order hold with `alpha=None`.
 
     Ā = (I − αΔA)^{-1}(I + (1−α)ΔA), B̄ = Δ(I − αΔA)^{-1}B: α = 0 is Euler, 1 backward Euler, ½ bilinear.
@@ -183,8 +183,8 @@ def discretize(
 
 
 def discretize_diagonal(
-    eigenvalues: Complex[Tensor, "..."], step: Float[Tensor, "..."], method: str = "zoh"
-) -> tuple[Complex[Tensor, "..."], Complex[Tensor, "..."]]:
+    eigenvalues: Complex[Tensor, " ..."], step: Float[Tensor, " ..."], method: str = "zoh"
+) -> tuple[Complex[Tensor, " ..."], Complex[Tensor, " ..."]]:
     """(Ā, B̄/B) of diagonal systems, element by element.
 
     zoh: e^{ΔΛ} and (e^{ΔΛ} − 1)/Λ. bilinear: (1 + ΔΛ/2)/(1 − ΔΛ/2) and Δ/(1 − ΔΛ/2). Raises `ConfigurationError`

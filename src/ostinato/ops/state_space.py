@@ -118,7 +118,7 @@ def to_complex(x: Float[Tensor, "... size"]) -> Complex[Tensor, "... half"]:
     return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
-def powers(transition: Complex[Tensor, "..."], count: int) -> Complex[Tensor, "... count"]:
+def powers(transition: Complex[Tensor, " ..."], count: int) -> Complex[Tensor, "... count"]:
     """1, a, a², …, a^{count−1} along a new last axis, by doubling: no logarithm, so a may be 0."""
     series = torch.ones_like(transition).unsqueeze(-1)
     factor = transition.unsqueeze(-1)
