@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import html
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,33 +44,19 @@ class Figure:
     levels: dict[str, float] = field(default_factory=dict)
 
 
-def machine() -> dict[str, str]:
-    """Where a figure was measured: processor, cores, accelerator, and the versions in use."""
+def provenance() -> dict[str, str]:
+    """What stands under every figure: the processor, the threads, the versions."""
     import os
-    from importlib.metadata import PackageNotFoundError, version
 
-    facts = {"machine": platform.machine(), "system": platform.platform(terse=True), "cores": str(os.cpu_count())}
-    cpu = Path("/proc/cpuinfo")
-    if cpu.is_file():
-        names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]
-        facts["processor"] = names[0] if names else platform.processor()
-    facts["python"] = platform.python_version()
-    for package in ("ostinato", "torch", "triton", "numpy"):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    import torch
+    from ostinato import __version__
+    from ostinato.timing import machine
 
-    facts["threads"] = str(torch.get_num_threads())
-    if torch.cuda.is_available():
-        facts["accelerator"] = torch.cuda.get_device_name()
-    return facts
+    return {**machine(), "cores": str(os.cpu_count()), "ostinato": __version__}
 
 
 def number(value: Any) -> str:
     """A number as a person writes it: four significant digits; anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
@@ -105,14 +90,15 @@ class Page:
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; numbers are set to the right."""
-        head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
+        right = [
+            any(_is_number(row[i]) for row in rows) and all(_is_number(row[i]) or row[i] in ("", "–") for row in rows)
+            for i in range(len(headers))
+        ]
+        kinds = [' class="number"' if numeric else "" for numeric in right]
+        head = "".join(f"<th{kind}>{html.escape(h)}</th>" for h, kind in zip(headers, kinds, strict=True))
         body = []
         for row in rows:
-            cells = []
-            for cell in row:
-                numeric = isinstance(cell, (int, float)) and not isinstance(cell, bool)
-                kind = ' class="number"' if numeric else ""
-                cells.append(f"<td{kind}>{html.escape(number(cell))}</td>")
+            cells = (f"<td{kind}>{html.escape(number(cell))}</td>" for cell, kind in zip(row, kinds, strict=True))
             body.append(f"<tr>{''.join(cells)}</tr>")
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         self._parts.append(f'<div class="wide">{table}</div>')
@@ -230,6 +216,10 @@ def save_png(figure: Figure, path: str | Path) -> None:
     canvas.savefig(path)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _drawable(value: float, logarithmic: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not logarithmic)
 
@@ -249,7 +239,7 @@ def _span(values: Sequence[float], margin: float) -> tuple[float, float]:
 def _ticks(low: float, high: float, logarithmic: bool) -> list[tuple[float, str]]:
     """Round numbers inside the span: powers of ten on a logarithmic axis that spans at least one."""
     if logarithmic and high - low >= 1:
-        return [(float(p), number(10.0**p)) for p in range(math.ceil(low), math.floor(high) + 1)]
+        return [(float(p), f"{10.0**p:,g}") for p in range(math.ceil(low), math.floor(high) + 1)]
     raw = (high - low) / 5
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -282,7 +272,7 @@ _STYLE = (
     "h2{margin:2.25rem 0 .5rem;font-size:1.2rem}.subtitle{margin:0 0 1.5rem;color:#666}"
     "table{border-collapse:collapse;font-size:.92rem;min-width:60%}.wide{overflow-x:auto;margin:1rem 0}"
     "th,td{padding:.35rem .8rem .35rem 0;text-align:left;border-bottom:1px solid #8883;vertical-align:top}"
-    "th{font-weight:600}td.number{text-align:right;font-variant-numeric:tabular-nums}"
+    "th{font-weight:600}th.number{text-align:right}.number{text-align:right;font-variant-numeric:tabular-nums}"
     "figure{margin:1.5rem 0}figcaption{font-weight:600;margin-bottom:.4rem}"
     "pre{background:#8881;padding:.8rem 1rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;"
     "font:14px/1.5 ui-monospace,monospace}"

@@ -27,7 +27,7 @@ from typing import Any
 
 from ostinato.errors import ConfigurationError
 from ostinato.papers.catalogue import System, module_path, system
-from ostinato.report import Figure, Page, Series, machine, save_svg
+from ostinato.report import Figure, Page, Series, provenance, save_svg
 
 BUDGETS = {"smoke": "seconds", "cpu": "minutes on two cores", "gpu": "minutes on one H100"}
 
@@ -162,7 +162,7 @@ def reproduce(
         "sizes": run.sizes,
         "claims": claims,
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": machine(),
+        "machine": provenance(),
     }
     write_json(run.folder / "result.json", outcome)
     for index, figure in enumerate(run.figures, start=1):
