@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ostinato.errors import ShapeError
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape
 from ostinato.ops.chunks import (
     MATRIX,
@@ -230,10 +229,7 @@ def delta_rule(
     Source: Parallel DeltaNet (arXiv 2406.06484), section 3; Gated DeltaNet (arXiv 2412.06464); DeltaProduct (arXiv
     2502.10297), section 3; negative eigenvalues (arXiv 2411.12537).
     """
-    check_matrix_arguments(queries, keys, values, log_decay, state, reset)
-    time, steps = queries.shape[1], keys.shape[1]
-    if steps % time:
-        raise ShapeError(f"keys have {steps} steps for {time} queries; they must be a multiple (n steps a token)")
+    check_matrix_arguments(queries, keys, values, log_decay, state, reset, several=True)
     if beta is not None:
         check_sequence("beta", beta, "batch time heads")
         check_shape("beta", beta, tuple(keys.shape[:3]), "batch time heads, as keys")

@@ -169,7 +169,6 @@ def exponential_attention(
             raise DtypeError(f"state must be an ExponentialState, got {type(state).__name__}")
         memory = state[0]
     check_matrix_arguments(queries, keys, values, None, memory, reset)
-    check_shape("keys", keys, tuple(queries.shape), "batch time heads key_dim, as queries")
     batch, time, heads, key_dim = queries.shape
     for name, gate in (("log_input", log_input), ("log_forget", log_forget)):
         check_sequence(name, gate, "batch time heads")

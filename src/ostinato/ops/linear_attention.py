@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ostinato.errors import ShapeError
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_reset, check_sequence, check_shape
 from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, chunk_states, cut, join, scaled
 from ostinato.ops.routes import Engine
@@ -82,18 +83,27 @@ def _parallel(
 
 
 def check_matrix_arguments(
-    queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor | None, state: Tensor | None, reset: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    reset: Tensor | None,
+    *,
+    several: bool = False,
 ) -> None:
     """Raise unless queries, keys, values, log-decays, state and reset fit together.
 
-    Keys and values may have a multiple of the queries' steps.
+    With `several`, keys and values may have any multiple of the queries' steps.
     """
     check_sequence("queries", queries, "batch time heads key_dim")
     check_sequence("keys", keys, "batch time heads key_dim")
     check_sequence("values", values, "batch time heads value_dim")
     batch, time, heads, key_dim = queries.shape
-    steps, value_dim = keys.shape[1], values.shape[-1]
+    steps, value_dim = keys.shape[1] if several else time, values.shape[-1]
     check_shape("keys", keys, (batch, steps, heads, key_dim), "batch time heads key_dim, as queries")
+    if steps % time:
+        raise ShapeError(f"keys have {steps} steps for {time} queries; they must be a multiple (n steps a token)")
     check_shape("values", values, (batch, steps, heads, value_dim), "batch time heads value_dim, as keys")
     if log_decay is not None:
         axes = "batch time heads" + (" key_dim" if log_decay.ndim == 4 else "")
@@ -140,7 +150,6 @@ def linear_attention(
     scalar decay.
     """
     check_matrix_arguments(queries, keys, values, log_decay, state, reset)
-    check_shape("keys", keys, tuple(queries.shape), "batch time heads key_dim, as queries")
     check_chunk_size(chunk_size)
     if validate:
         check_finite(queries=queries, keys=keys, values=values, log_decay=log_decay, state=state)
