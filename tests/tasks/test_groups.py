@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from ostinato.errors import ConfigurationError
+from ostinato.tasks.groups import WordProblem, group_table
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "abelian"),
+    [("Z7", 7, True), ("S3", 6, False), ("S4", 24, False), ("A4", 12, False), ("A5", 60, False), ("S5", 120, False),
+     ("Z2xZ3", 6, True), ("Z2xS3", 12, False)],
+)  # fmt: skip
+def test_tables_are_groups(name: str, order: int, abelian: bool) -> None:
+    table = group_table(name)
+    assert table.shape == (order, order)
+    everything = np.arange(order)
+    assert (table[0] == everything).all() and (table[:, 0] == everything).all()
+    assert (np.sort(table, axis=1) == everything).all() and (np.sort(table, axis=0) == everything[:, None]).all()
+    assert (table[table] == table[:, table]).all()  # (ab)c = a(bc)
+    assert (table == table.T).all() == abelian
+
+
+def test_product_applies_the_right_one_first() -> None:
+    elements = list(permutations(range(3)))
+    table = group_table("S3")
+    for i, a in enumerate(elements):
+        for j, b in enumerate(elements):
+            assert elements[table[i, j]] == tuple(a[b[k]] for k in range(3))
+
+
+def test_alternating_group_is_even() -> None:
+    # A4 has elements of order 1, 2, 3 only: one, three and eight of them.
+    table = group_table("A4")
+    orders = []
+    for element in range(12):
+        power, count = element, 1
+        while power:
+            power, count = table[power, element], count + 1
+        orders.append(count)
+    assert sorted(orders) == [1] + [2] * 3 + [3] * 8
+
+
+def test_word_problem_against_composing_permutations() -> None:
+    elements = list(permutations(range(5)))
+    batch = WordProblem(group="S5", length=6).train_batch(0, 32, seed=0)
+    assert batch.inputs.shape == (32, 7)
+    assert batch.mask.all(0).tolist() == [False] + [True] * 6
+    for tokens, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        assert tokens[0] == 0
+        product = tuple(range(5))
+        for token, target in zip(tokens[1:], targets[1:], strict=True):
+            factor = elements[token - 1]
+            product = tuple(product[factor[i]] for i in range(5))
+            assert elements[target - 1] == product
+
+
+def test_cyclic_word_problem_is_addition() -> None:
+    batch = WordProblem(group="Z5", length=8).train_batch(0, 16, seed=0)
+    assert ((batch.inputs[:, 1:] - 1).cumsum(1) % 5 + 1 == batch.targets[:, 1:]).all()
+
+
+@pytest.mark.parametrize("name", ["Q8", "S7", "Z0", "Z2000", "s3", "S6xS3", ""])
+def test_unknown_groups(name: str) -> None:
+    with pytest.raises(ConfigurationError):
+        group_table(name)
+
+
+def test_trivial_group() -> None:
+    with pytest.raises(ConfigurationError, match="nothing to learn"):
+        WordProblem(group="Z1")
