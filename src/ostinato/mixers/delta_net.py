@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Traits
-from ostinato.mixers.heads import KeyValueMixer, MatrixState
+from ostinato.mixers.heads import FEATURES, KeyValueMixer, MatrixState, find_feature_map
 from ostinato.mixers.parts import l2_normalize
 from ostinato.ops.delta_rule import delta_rule
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "elu": lambda x: F.elu(x) + 1, "identity": lambda x: x}
 NORMS = {"l2": l2_normalize, "l1": lambda x: F.normalize(x, p=1.0, dim=-1, eps=1e-6)}
 
 
@@ -65,7 +64,7 @@ class DeltaRuleMixer(KeyValueMixer):
     def mix(self, x: Tensor, state: MatrixState, reset: Tensor | None) -> tuple[Tensor, MatrixState]:
         """The recurrence, over the whole sequence."""
         queries, keys, values, window = self.project(x, state.window, reset)
-        activation, norm = ACTIVATIONS[self.qk_activation], NORMS[self.qk_norm]
+        activation, norm = FEATURES[self.qk_activation], NORMS[self.qk_norm]
         queries = norm(activation(queries)) * self.key_dim**-0.5
         keys, values = norm(activation(keys)), F.silu(values)
         outputs, memory = delta_rule(queries, keys, values, self.beta(x), self.log_decay(x), state.memory, reset=reset)
@@ -116,8 +115,7 @@ class DeltaNet(DeltaRuleMixer):
             gate="silu" if output_gate else None,
             negative_eigenvalues=negative_eigenvalues,
         )
-        if qk_activation not in ACTIVATIONS:
-            raise ConfigurationError(f"qk_activation must be one of {', '.join(ACTIVATIONS)}, got {qk_activation!r}")
+        find_feature_map(qk_activation, "qk_activation")
         if qk_norm not in NORMS:
             raise ConfigurationError(f"qk_norm must be one of {', '.join(NORMS)}, got {qk_norm!r}")
         self.qk_activation, self.qk_norm = qk_activation, qk_norm

@@ -5,6 +5,7 @@ The memory of a head is S ∈ R^{key_dim × value_dim}; it is written at a key a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,27 @@ def head_width(d_model: int, heads: int, expand: float = 1.0) -> int:
 def widened(x: Tensor) -> Tensor:
     """x in the type in which gates are computed: float32 for half precision, else its own."""
     return x.to(accumulation_dtype(x.dtype))
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1: e^x below 0, x + 1 above; positive. (`F.elu` itself cannot be traced on a view.)"""
+    return x.clamp(max=0).exp() + F.relu(x)
+
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu": elu_plus_one,
+    "identity": lambda x: x,
+}
+"""Maps of queries and keys, by name."""
+
+
+def find_feature_map(name: str, what: str) -> Callable[[Tensor], Tensor]:
+    """The map of that name, or a `ConfigurationError` for the option `what`."""
+    if name not in FEATURES:
+        raise ConfigurationError(f"{what} must be one of {', '.join(FEATURES)}, got {name!r}")
+    return FEATURES[name]
 
 
 class QueriesKeysValues(nn.Module):
@@ -105,7 +127,7 @@ class KeyValueMixer(Mixer):
         self.value_dim = head_width(d_model, heads, expand_v)
         self.project = QueriesKeysValues(d_model, heads, self.key_dim, self.value_dim, conv=conv, writes=writes)
         self.to_gate = self.gate_map() if gate else None
-        self.norm = GatedNorm(self.value_dim, gate=gate)
+        self.norm: nn.Module = GatedNorm(self.value_dim, gate=gate)
         self.to_output = nn.Linear(heads * self.value_dim, d_model, bias=False)
 
     def gate_map(self) -> nn.Module:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Traits
-from ostinato.mixers.heads import KeyValueMixer, MatrixState
+from ostinato.mixers.heads import KeyValueMixer, MatrixState, find_feature_map
 from ostinato.ops.linear_attention import linear_attention
-
-FEATURES = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
 
 
 class LinearAttention(KeyValueMixer):
@@ -24,7 +22,7 @@ class LinearAttention(KeyValueMixer):
         d_model: width.
         heads: number of heads; must divide d_model.
         expand_k, expand_v: total width of keys and of values over d_model (rounded down per head).
-        feature_map: φ: "elu" (elu + 1), "relu" or "identity".
+        feature_map: φ: "elu" (elu + 1), "relu", "silu" or "identity".
         normalize: divide o_t by z_tᵀ q_t, with z_t = Σ k; needs a φ that is not negative.
         output_norm: RMSNorm of every head before W_o.
         conv: taps of a short convolution over q, k and v, followed by SiLU; None for none.
@@ -53,11 +51,12 @@ class LinearAttention(KeyValueMixer):
         eps: float = 1e-6,
     ) -> None:
         super().__init__(d_model, heads, expand_k=expand_k, expand_v=expand_v, conv=conv, gate=None)
-        if feature_map not in FEATURES:
-            raise ConfigurationError(f"feature_map must be one of {', '.join(FEATURES)}, got {feature_map!r}")
-        if normalize and feature_map == "identity":
-            raise ConfigurationError("normalize divides by Σ φ(k)ᵀφ(q), which has any sign under 'identity'; use 'elu'")
-        self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
+        if normalize and feature_map not in ("elu", "relu"):
+            raise ConfigurationError(
+                f"normalize divides by Σ φ(k)ᵀφ(q), which can have any sign under {feature_map!r}; use 'elu' or 'relu'"
+            )
+        self.features = find_feature_map(feature_map, "feature_map")
+        self.normalize, self.eps = normalize, eps
         if not output_norm:
             self.norm = torch.nn.Identity()
 
@@ -75,8 +74,7 @@ class LinearAttention(KeyValueMixer):
         queries, keys, values, window = self.project(x, state.window, reset)
         if window is not None:
             queries, keys, values = F.silu(queries), F.silu(keys), F.silu(values)
-        features = FEATURES[self.feature_map]
-        queries, keys = features(queries) * self.key_dim**-0.5, features(keys)
+        queries, keys = self.features(queries) * self.key_dim**-0.5, self.features(keys)
         if self.normalize:
             values = F.pad(values, (0, 1), value=1.0)
         outputs, memory = linear_attention(queries, keys, values, None, state.memory, reset=reset)

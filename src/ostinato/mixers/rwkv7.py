@@ -132,18 +132,18 @@ class RWKV7(Mixer):
 
         Raises `ConfigurationError` where `value_residual` and `first_values` do not go together.
         """
-        if (first_values is None) != (self.to_residual is None):
+        before, previous = self.shift(x, state.previous, reset)
+        for_r, for_w, for_k, for_v, for_a, for_g = (x + (before - x) * mu for mu in self.shift_mix)
+        receptance, keys, values = self.to_receptance(for_r), self.to_keys(for_k), self.to_values(for_v)
+        if first_values is None and self.to_residual is None:
+            first_values = values
+        elif first_values is not None and self.to_residual is not None:
+            values = torch.lerp(values, first_values, torch.sigmoid(self.to_residual(for_v)))
+        else:
             raise ConfigurationError(
                 "an RWKV-7 layer with value_residual=True needs first_values (call mix_values with those that the "
                 "first layer returned); one without cannot use them"
             )
-        before, previous = self.shift(x, state.previous, reset)
-        for_r, for_w, for_k, for_v, for_a, for_g = (x + (before - x) * mu for mu in self.shift_mix)
-        receptance, keys, values = self.to_receptance(for_r), self.to_keys(for_k), self.to_values(for_v)
-        if self.to_residual is not None:
-            values = torch.lerp(values, first_values, torch.sigmoid(self.to_residual(for_v)))
-        else:
-            first_values = values
         log_decay = self._split(-math.exp(-0.5) * torch.sigmoid(widened(self.to_decay(for_w))))
         rate = torch.sigmoid(self.to_rate(for_a))
         erased = l2_normalize(self._split(keys * self.key_scale), eps=1e-12)
