@@ -1,1 +1,35 @@
-"""Engines: pure functions on tensors, one per algebraic class of recurrence."""
+"""Engines: pure functions on tensors, one per algebraic class of recurrence.
+
+Each takes its inputs batch first and time second, a state or None, and `reset`; each returns its outputs
+and the last state. `ostinato.ops.routes` says how one is computed, and how to choose.
+"""
+
+from ostinato.ops.attention import attention
+from ostinato.ops.delta_rule import delta_rule
+from ostinato.ops.diagonal_scan import diagonal_scan
+from ostinato.ops.exponential_attention import exponential_attention
+from ostinato.ops.kernels import load as _load_kernels
+from ostinato.ops.linear_attention import linear_attention
+from ostinato.ops.long_convolution import long_convolution
+from ostinato.ops.newton_scan import newton_scan
+from ostinato.ops.recurrent_scan import recurrent_scan
+from ostinato.ops.routes import ENGINES, Engine, backend
+from ostinato.ops.scan import affine_scan, associative_scan
+
+_load_kernels()
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "affine_scan",
+    "associative_scan",
+    "attention",
+    "backend",
+    "delta_rule",
+    "diagonal_scan",
+    "exponential_attention",
+    "linear_attention",
+    "long_convolution",
+    "newton_scan",
+    "recurrent_scan",
+]
