@@ -181,13 +181,16 @@ def test_split_anywhere(decay: str) -> None:
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
 def test_near_parallel_keys_in_float32(beta: float, spread: float) -> None:
-    """Where an inverse by a power series would lose everything: keys that are nearly one key, β = 2."""
+    """Where an inverse by a power series would lose everything: keys that are nearly one key, β = 2.
+
+    There the chunk's system has the condition number C², and its rounding is what is left: 3e-4 at C = 64.
+    """
     q, k, v, _, _, state, *_ = arguments(192, "none", sizes=(1, 2, 16, 8), dtype=torch.float32)
     k = F.normalize(torch.ones_like(k) + spread * torch.randn_like(k), dim=-1)
     args = [q, k, v, torch.full(k.shape[:3], beta), None, state]
     with backend("parallel"):
         found = with_gradients(ours, args)
-    assert_same(found, with_gradients(formula, [a if a is None else a.double() for a in args]), 2e-4)
+    assert_same(found, with_gradients(formula, [a if a is None else a.double() for a in args]), 1e-3)
 
 
 @pytest.mark.parametrize("decay", ("scalar", "vector"))

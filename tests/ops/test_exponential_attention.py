@@ -112,8 +112,9 @@ def test_extreme_gates_in_float32(route: str, level: float) -> None:
         found = with_gradients(ours, args)
     assert all(torch.isfinite(f).all() for f in found)
     wanted = formula(*(a.double() for a in args))
-    # m is about ±200 in float32, so the exponents carry an error of 200 · 2⁻²⁴, 70 times.
-    assert_same(found[:4], list(wanted), 3e-4)
+    # m is about ±200 in float32, so each exponent carries an error of 200 · 2⁻²⁴ ≈ 1e-5, and a small denominator
+    # enlarges their sum: the loop in float32 is off by as much.
+    assert_same(found[:4], list(wanted), 2e-3)
 
 
 def test_float32_gradients() -> None:
