@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ostinato.errors import ConfigurationError, StateError, UnknownNameError
+from ostinato.errors import ConfigurationError, ShapeError, StateError, UnknownNameError
 from ostinato.layers.swiglu import SwiGLU
 from ostinato.mixers.base import Mixer
 from ostinato.models.plan import Plan, parse_plan
+from ostinato.ops.checks import check_reset, check_sequence
 
 State = tuple[Any, ...]
 
@@ -139,6 +140,10 @@ class Backbone(nn.Module):
             StateError: the state is of another network or batch size.
             ConfigurationError: a mixer needs something that the context lacks.
         """
+        check_sequence("x", x, "batch time d_model")
+        if x.shape[-1] != self.d_model:
+            raise ShapeError(f"this backbone has d_model {self.d_model}, x has shape {tuple(x.shape)}")
+        check_reset(reset, x.shape[0], x.shape[1])
         if state is None:
             states: tuple[Any, ...] = (None,) * self.depth
         elif isinstance(state, (tuple, list)) and len(state) == self.depth:
