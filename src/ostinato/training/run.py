@@ -117,7 +117,6 @@ class Run:
     def restore(self, path: Path, notes: dict[str, Any]) -> None:
         """Go on from a checkpoint whose notes have been read; the weights are in the model already."""
         checkpoints.read_optimizer(path / "optimizer.safetensors", self.optimizer.optimizer)
-        checkpoints.read_random(path / "random.safetensors")
         self.step = notes["step"]
         if (path / "state.safetensors").exists():
             rows = self.batch_size // self.accelerator.num_processes
@@ -126,3 +125,5 @@ class Run:
             state = ostinato.state.map(lambda leaf: leaf[start : start + rows].contiguous(), state)
             self.carried.value = ostinato.state.to(state, self.accelerator.device)
             self.carried.windows, self.carried.bytes = notes["windows"], notes["bytes"]
+        # Last, since what stands above may draw random numbers.
+        checkpoints.read_random(path / "random.safetensors")
