@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ USER_ERROR = 2
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
-out = Console(soft_wrap=True, highlight=False)
+# A table is laid out for the window; into a pipe or a file it may be as wide as it needs.
+out = Console(width=None if sys.stdout.isatty() else 240, soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -50,8 +52,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]], title: st
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(number(cell)) for cell in row))
-    # A table is laid out for the window; into a pipe it may be as wide as it needs.
-    out.print(table, soft_wrap=not out.is_terminal, width=None if out.is_terminal else 240)
+    out.print(table, soft_wrap=False)
 
 
 def progress_bar() -> Progress:

@@ -26,6 +26,7 @@ class Settings:
     learning_rate: float
     seed: int
     binary: bool
+    mixed_precision: str
 
 
 def train(
@@ -67,9 +68,17 @@ def train(
             raise ConfigurationError("name at least one text file, or a run to go on with: --resume RUN")
         model = {"d_model": d_model, "plan": plan, "depth": depth, "tokenizer": tokenizer}
         asked = Settings(
-            [str(file) for file in files], model, window, batch, steps or 1000, learning_rate, seed, binary
+            [str(file) for file in files],
+            model,
+            window,
+            batch,
+            steps or 1000,
+            learning_rate,
+            seed,
+            binary,
+            mixed_precision,
         )
-    _run(asked, resume or out_folder, resume is not None, checkpoint_every, mixed_precision, device)
+    _run(asked, resume or out_folder, resume is not None, checkpoint_every, device)
 
 
 def _resumed(folder: Path, files: list[Path] | None, steps: int | None) -> Settings:
@@ -83,22 +92,21 @@ def _resumed(folder: Path, files: list[Path] | None, steps: int | None) -> Setti
     if not isinstance(found, dict) or found.get("kind") != "run" or not isinstance(found.get("model"), dict):
         raise CheckpointError(f"{path} is not the record of a run of a language model")
     check_version(path, found.get("format"), found.get("version"))
-    options = found["task"]["options"]
+    options, training = found["task"]["options"], found["training"]
     return Settings(
         [str(file) for file in files] if files else options["files"],
         found["model"],
         options["window"],
-        found["batch_size"],
-        steps or found["steps"],
-        found["learning_rate"],
-        found["seed"],
+        training["batch_size"],
+        steps or training["steps"],
+        training["learning_rate"],
+        training["seed"],
         options["binary"],
+        training["mixed_precision"],
     )
 
 
-def _run(
-    asked: Settings, folder: Path, resume: bool, checkpoint_every: int | None, precision: str, device: str | None
-) -> None:
+def _run(asked: Settings, folder: Path, resume: bool, checkpoint_every: int | None, device: str | None) -> None:
     import torch
 
     from ostinato.models.language import LanguageModel
@@ -128,7 +136,7 @@ def _run(
         resume=resume,
         evaluation_batches=16,
         checkpoint_every=checkpoint_every,
-        mixed_precision=precision,
+        mixed_precision=asked.mixed_precision,
         device=device,
     )
     if history.interrupted:
