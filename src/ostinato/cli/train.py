@@ -155,13 +155,13 @@ def _run(asked: Settings, folder: Path, resume: bool, checkpoint_every: int | No
 def curves(history: Any) -> list[Any]:
     """The figures of a run on text: held-out bits per byte beside the baselines, and the training loss."""
     from ostinato.report import Figure, Series
-    from ostinato.training.history import _smooth
+    from ostinato.training.history import smooth
 
     scores = [each.metrics["bits_per_byte"] for each in history.evaluations]
     held_out = Series("this model", [each.step for each in history.evaluations], scores)
     # A curve of thousands of steps is thinned to some hundreds of points.
     every = max(1, len(history.steps) // 400)
-    loss = Series("training loss", history.steps[::every], _smooth(history.losses)[::every])
+    loss = Series("training loss", history.steps[::every], smooth(history.losses)[::every])
     return [
         Figure("Bits per byte of held-out text", [held_out], "step", "bits per byte", levels=history.baselines),
         Figure("Training loss", [loss], "step", "nats per token"),

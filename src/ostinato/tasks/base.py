@@ -132,7 +132,7 @@ class Task(ABC):
             "accuracy": (total, count),
             "scaled_accuracy": ((total - count * self.chance) / (1 - self.chance), count),
             "sequence_accuracy": (float(whole), float(asked.sum())),
-            "loss": (float(self.loss(logits, batch)) * count, count),
+            "loss": (self.loss(logits, batch).item() * count, count),
         }
 
     def baselines(self) -> Metrics:

@@ -152,7 +152,7 @@ class Text(Task):
         With a tokenizer, the bytes are shared out evenly over the tokens: over the whole held-out text that is exact.
         """
         count = float(batch.mask.sum())
-        loss = float(self.loss(logits, batch)) if count else 0.0
+        loss = self.loss(logits, batch).item() if count else 0.0
         right = float(((logits.argmax(-1) == batch.targets) & batch.mask).sum())
         return {
             "bits_per_byte": (loss * count / math.log(2), count * self._bytes_per_token),

@@ -103,7 +103,7 @@ class History:
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
         left.plot(self.steps, self.losses, color="0.75", linewidth=0.8)
-        left.plot(self.steps, _smooth(self.losses), color="C0")
+        left.plot(self.steps, smooth(self.losses), color="C0")
         left.set(xlabel="step", ylabel="training loss")
         values = [evaluation.metrics[self.metric] for evaluation in self.evaluations]
         right.plot([evaluation.step for evaluation in self.evaluations], values, "o-", markersize=3, color="C0")
@@ -117,7 +117,7 @@ class History:
         figure.savefig(path, dpi=150)
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """The mean of the last fiftieth of the run up to each step."""
     width = max(1, len(values) // 50)
     total, out = 0.0, []
