@@ -25,14 +25,27 @@ State = Any
 
 
 def map(function: Callable[..., Any], state: State, *others: State) -> State:
-    """Apply `function` to every tensor of a state (and the matching ones of `others`); the shape stays."""
+    """Apply `function` to every tensor of a state (and the matching ones of `others`); the shape stays.
+
+    Raises `StateError` where the trees differ, or hold something that no state holds.
+    """
     if state is None:
+        if any(other is not None for other in others):
+            raise StateError("these states do not fit together: one has nothing where another has something")
         return None
     if isinstance(state, Tensor):
+        if not all(isinstance(other, Tensor) for other in others):
+            raise StateError("these states do not fit together: one has a tensor where another has none")
         return function(state, *others)
     if isinstance(state, dict):
+        for other in others:
+            if not isinstance(other, dict) or other.keys() != state.keys():
+                raise StateError(f"these states do not fit together: one has the parts {', '.join(state)}")
         return {key: map(function, value, *(other[key] for other in others)) for key, value in state.items()}
     if isinstance(state, (tuple, list)):
+        for other in others:
+            if not isinstance(other, (tuple, list)) or len(other) != len(state):
+                raise StateError(f"these states do not fit together: one is a {type(state).__name__} of {len(state)}")
         parts = [map(function, *branch) for branch in zip(state, *others, strict=True)]
         return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     raise StateError(f"a state holds tensors in tuples, lists and dicts, not {type(state).__name__}")
@@ -81,7 +94,10 @@ def select(state: State, indices: int | Sequence[int] | Tensor) -> State:
     if isinstance(indices, int):
         indices = [indices]
     size = batch_size(state)
-    index = torch.as_tensor(indices, dtype=torch.long)
+    index = torch.as_tensor(indices)
+    if index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
+        raise StateError(f"rows are chosen by whole numbers, got {index.tolist()}")
+    index = index.long()
     if index.numel() and (int(index.max()) >= size or int(index.min()) < -size):
         raise StateError(f"cannot select rows {index.tolist()} of a state with batch size {size}")
     return map(lambda leaf: leaf.index_select(0, (index % size).to(leaf.device)), state)
@@ -93,12 +109,14 @@ def concatenate(states: Sequence[State]) -> State:
         raise StateError("concatenate needs at least one state")
     try:
         return map(lambda *parts: torch.cat(parts, dim=0), *states)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except RuntimeError as error:
         raise StateError(f"these states do not fit together: {error}") from error
 
 
 def batch_size(state: State) -> int:
     """The size of the first axis; raises `StateError` when leaves disagree."""
+    if scalars := [path for path, leaf in leaves(state) if leaf.ndim == 0]:
+        raise StateError(f"a state's tensors have the batch as their first axis; {', '.join(scalars)} has no axis")
     sizes = {path: leaf.shape[0] for path, leaf in leaves(state)}
     if not sizes:
         raise StateError("this state holds no tensor, so it has no batch size")
@@ -113,10 +131,18 @@ def num_bytes(state: State) -> int:
 
 
 def save(state: State, path: str | Path) -> None:
-    """Write a state to one safetensors file, atomically: an old file survives a failure."""
+    """Write a state to one safetensors file, atomically: an old file survives a failure.
+
+    Raises `StateError` when two parts have the same path, and `OSError` when the disk does not take it.
+    """
     from ostinato.files import write_tensors
 
-    write_tensors(path, {name: leaf.detach().contiguous() for name, leaf in leaves(state)}, {"kind": "state"})
+    tensors: dict[str, Tensor] = {}
+    for name, leaf in leaves(state):
+        if name in tensors:
+            raise StateError(f"two parts of this state have the same path {name!r}; rename a key that holds a dot")
+        tensors[name] = leaf
+    write_tensors(path, tensors, {"kind": "state"})
 
 
 def load(path: str | Path, like: State) -> State:
