@@ -1,0 +1,200 @@
+"""S4D, S4 and S5: against their formulas in plain loops, after training steps, at another rate, over long input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ostinato.errors import ConfigurationError
+from ostinato.mixers.registry import mixer
+from ostinato.mixers.s4 import S4
+from ostinato.mixers.s4d import S4D
+from ostinato.mixers.s5 import S5
+from ostinato.mixers.time_invariant import from_pairs
+from ostinato.ops.hippo import diagonal_plus_low_rank, discretize, hippo_matrix
+
+
+def s4d_kernel(layer: S4D, length: int) -> Tensor:
+    """K_l = 2 Re Σ_n C_n B̄_n Ā_n^l, entry by entry, with Python's complex numbers."""
+    inputs = from_pairs(layer.inputs).tolist()
+    kernel = torch.zeros(length, layer.d_model, dtype=torch.float64)
+    for d in range(layer.d_model):
+        step = math.exp(layer.log_step[d].item())
+        for n in range(layer.pairs):
+            value = complex(-math.exp(layer.log_real[d, n].item()), layer.imaginary[d, n].item())
+            c = complex(*layer.outputs[d, n].tolist())
+            if layer.discretization == "zoh":
+                a = torch.exp(torch.tensor(value * step, dtype=torch.complex128)).item()
+                b = (a - 1) / value
+            else:
+                a, b = (1 + value * step / 2) / (1 - value * step / 2), step / (1 - value * step / 2)
+            for t in range(length):
+                kernel[t, d] += 2 * (c * inputs[n] * b * a**t).real
+    return kernel
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+@pytest.mark.parametrize("initialization", ["lin", "inv", "legs", "quad", "real"])
+def test_s4d_is_its_kernel(initialization: str, discretization: str) -> None:
+    layer = S4D(3, 8, initialization, discretization, output="none", block_length=16).double()
+    x = torch.randn(2, 23, 3, dtype=torch.float64)
+    y, _ = layer(x)
+    kernel = s4d_kernel(layer, 23)
+    wanted = torch.stack([(x[:, : t + 1].flip(1) * kernel[: t + 1]).sum(1) for t in range(23)], dim=1)
+    torch.testing.assert_close(y, wanted + layer.skip * x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("measure", ["legs", "legt", "fout"])
+def test_s4_is_the_hippo_recurrence(measure: str) -> None:
+    """Against the dense real system with the HiPPO matrix itself, by the bilinear rule."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = S4(2, 8, measure, output="none", block_length=16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if measure != "legs":
+        # The parameter keeps Λ at −10⁻⁴ where the measure has 0: take that out of the comparison.
+        layer.log_real.data.fill_(-80.0)
+    form = diagonal_plus_low_rank(measure, 8)
+    x = torch.randn(1, 40, 2, dtype=torch.float64)
+    y, _ = layer(x)
+    for d in range(2):
+        a, b = discretize(*hippo_matrix(measure, 8), math.exp(layer.log_step[d].item()))
+        c = 2 * (from_pairs(layer.outputs)[d] @ form.basis.mH).real
+        h = torch.zeros(8, dtype=torch.float64)
+        for t in range(40):
+            h = a @ h + b * x[0, t, d]
+            torch.testing.assert_close(y[0, t, d], c @ h + layer.skip[d] * x[0, t, d], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+def test_steps_and_convolution_agree_after_training(name: str) -> None:
+    layer = mixer(name, 4, d_state=16, block_length=32).double()
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    before = {key: value.clone() for key, value in layer.named_parameters()}
+    for _ in range(3):
+        x = torch.randn(2, 40, 4, dtype=torch.float64)
+        loss = (layer(x)[0] - x.roll(3, 1)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert all((before[key] - value).abs().max() > 1e-4 for key, value in layer.named_parameters())
+    x, state = torch.randn(2, 40, 4, dtype=torch.float64), layer.initial_state(2)
+    whole, last = layer(x)
+    for t in range(40):
+        y, state = layer.step(x[:, t], state)
+        torch.testing.assert_close(y, whole[:, t], rtol=0, atol=1e-11)
+    torch.testing.assert_close(state.coordinates, last.coordinates, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+def test_float32_agrees_with_float64(name: str) -> None:
+    layer = mixer(name, 4, output="none")
+    x = torch.randn(1, 300, 4)
+    single, _ = layer(x)
+    double, _ = layer.double()(x.double())
+    assert (single.double() - double).abs().max() < 1e-4 * double.abs().max()
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+def test_the_block_length_does_not_matter(name: str) -> None:
+    layer = mixer(name, 4, d_state=8, output="none").double()
+    x, reset = torch.randn(2, 50, 4, dtype=torch.float64), torch.rand(2, 50) < 0.1
+    for marks in (None, reset):
+        results = []
+        for length in (1, 7, 25, 50, 256):
+            layer.block_length = length
+            results.append(layer(x, reset=marks)[0])
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "s5"])
+def test_a_long_sequence_in_two_halves(name: str) -> None:
+    layer = mixer(name, 2, d_state=8).double()
+    x = torch.randn(1, 100_003, 2, dtype=torch.float64)
+    with torch.no_grad():
+        whole, end = layer(x)
+        first, middle = layer(x[:, :50_001])
+        second, last = layer(x[:, 50_001:], middle)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=1e-9)
+    torch.testing.assert_close(last.coordinates, end.coordinates, rtol=0, atol=1e-9)
+
+
+def test_rate_stretches_time() -> None:
+    """Every other sample of a smooth signal with twice the step gives about every other output."""
+    time = torch.linspace(0, 6 * math.pi, 400, dtype=torch.float64)
+    x = torch.sin(time).view(1, -1, 1)
+    layer = mixer("s4", 1, d_state=16, output="none", step_min=0.01, step_max=0.01).double()
+    fine, _ = layer(x)
+    plain, _ = layer(x[:, 1::2])
+    layer.rate = 2.0
+    coarse, _ = layer(x[:, 1::2])
+    error, without = ((z - fine[:, 1::2]).square().mean().sqrt() for z in (coarse, plain))
+    assert error < 0.05 * fine.std() and error < 0.1 * without
+
+
+def s5_by_loop(layer: S5, x: Tensor) -> Tensor:
+    values = torch.complex(layer.real, layer.imaginary)
+    step = torch.exp(layer.log_step)
+    transition = torch.exp(values * step)
+    driven = ((transition - 1) / values).unsqueeze(-1) * torch.view_as_complex(layer.inputs)
+    outputs = torch.view_as_complex(layer.outputs)
+    h = torch.zeros(x.shape[0], layer.pairs, dtype=torch.complex128)
+    out = []
+    for t in range(x.shape[1]):
+        h = transition * h + x[:, t].to(h.dtype) @ driven.T
+        out.append(2 * (h @ outputs.T).real + layer.skip * x[:, t])
+    return torch.stack(out, dim=1)
+
+
+def test_s5_is_its_loop() -> None:
+    layer = S5(6, 16, blocks=2, gated=False).double()
+    x = torch.randn(2, 30, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x)[0], s5_by_loop(layer, x), rtol=0, atol=1e-12)
+    gated = S5(6, 16, blocks=2).double()
+    y = torch.nn.functional.gelu(s5_by_loop(gated, x))
+    assert gated.to_gate is not None
+    torch.testing.assert_close(gated(x)[0], y * torch.sigmoid(gated.to_gate(y)), rtol=0, atol=1e-12)
+
+
+def test_s5_starts_as_blocks_of_hippo() -> None:
+    layer = S5(4, 32, blocks=4)
+    block = diagonal_plus_low_rank("legs", 8).eigenvalues
+    found = torch.complex(layer.real, layer.imaginary).detach().view(4, 4)
+    torch.testing.assert_close(found.to(torch.complex128), block.expand(4, -1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "s5"])
+def test_the_optimiser_rule_names_parameters(name: str) -> None:
+    layer = mixer(name, 16)
+    own = {key for key, _ in layer.named_parameters(recurse=False)}
+    assert layer.no_weight_decay <= own and set(layer.learning_rate_cap) == layer.no_weight_decay
+    assert set(layer.learning_rate_cap.values()) == {1e-3}
+    assert not {"outputs", "skip"} & layer.no_weight_decay
+
+
+def test_shared_systems() -> None:
+    layer = S4(6, 8, "random", copies=2, output="none").double()
+    system = layer.system()
+    assert layer.low_rank.shape == (2, 1, 4, 2)
+    torch.testing.assert_close(system.eigenvalues[0], system.eigenvalues[2])
+    assert not torch.equal(system.eigenvalues[0], system.eigenvalues[1])
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(ConfigurationError, match="measure must be one of"):
+        S4(4, measure="lagt")
+    with pytest.raises(ConfigurationError, match="copies=3 does not divide"):
+        S4(4, copies=3)
+    with pytest.raises(ConfigurationError, match="d_state must be even"):
+        S4D(4, d_state=5)
+    with pytest.raises(ConfigurationError, match="'zoh' or 'bilinear'"):
+        S4D(4, discretization="euler")
+    with pytest.raises(ConfigurationError, match="output must be one of"):
+        S4D(4, output="linear")
+    with pytest.raises(ConfigurationError, match="must be even, got 12/4"):
+        S5(4, d_state=12, blocks=4)
