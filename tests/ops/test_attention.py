@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_first_and_second_derivatives(route: str, window: int | None, opening: s
 
 
 def test_derivatives_through_recomputed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ostinato.ops.attention._block_size", lambda window: 2)
+    monkeypatch.setattr(import_module("ostinato.ops.attention"), "_block_size", lambda window: 2)
     inputs = draw(5, batch=1, grad=True)
     table = torch.randn(HEADS, 3, dtype=torch.float64, requires_grad=True)
     temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
