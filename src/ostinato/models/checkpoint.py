@@ -83,5 +83,6 @@ def _fill(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
         complaints = [f"{name} is missing" for name in missing] + [f"{name} is not known" for name in foreign] + wrong
         more = f" and {len(complaints) - 5} more" if len(complaints) > 5 else ""
         raise CheckpointError(f"the weights in {folder} do not fit its model: {'; '.join(complaints[:5])}{more}")
-    # assign: the parameters take the type that they were saved in.
-    model.load_state_dict(weights, assign=True)
+    # assign: the parameters take the type that they were saved in. clone: a file's tensors may lie anywhere in
+    # memory, and matrix products round differently where they are not aligned.
+    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)

@@ -191,7 +191,8 @@ class LanguageModel(nn.Module):
             for tokens in _chunks((self.tokenizer.encode(part) for part in _parts(text)), chunk):
                 ids = torch.tensor(tokens, device=self.device).expand(rows, -1)
                 _, state = self._hidden(ids, state)
-        return state
+        # A copy: a mixer's state may be a view of the last step of its chunk, and would keep the chunk alive.
+        return ostinato.state.clone(state)
 
     def stream(
         self,
