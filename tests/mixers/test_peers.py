@@ -320,7 +320,7 @@ def test_retention_is_that_of_flash_linear_attention() -> None:
     peer = flash_linear_attention("retention/naive.py")
     ours: Any = ostinato.mixer("retnet", D_MODEL, heads=HEADS)
     q, k, v = (torch.randn(BATCH, HEADS, TIME, 8) for _ in range(3))
-    decay = ours.log_decay.float().expand(BATCH, TIME, HEADS)
+    decay = ours.log_decay().expand(BATCH, TIME, HEADS)
     found, _ = linear_attention(*swapped(q * 8**-0.5, k, v), decay)
     assert_same(found.transpose(1, 2), peer.naive_retention(q, k, v))
 

@@ -18,6 +18,21 @@ from ostinato.mixers.heads import HeadNorm, MatrixState, QueriesKeysValues, head
 from ostinato.ops.exponential_attention import ExponentialState, exponential_attention
 from ostinato.ops.linear_attention import linear_attention
 
+EXPONENTIAL = Traits(
+    engine="exponential_attention",
+    transition="data scalar",
+    input_gate="exponential",
+    state="heads × key_dim × value_dim, heads × key_dim, heads",
+    paper="mLSTM (arXiv 2405.04517)",
+)
+SIGMOID = Traits(
+    engine="linear_attention",
+    transition="data scalar",
+    input_gate="sigmoid",
+    state="heads × key_dim × value_dim",
+    paper="mLSTMsig (arXiv 2503.14376)",
+)
+
 
 class MLSTM(Mixer):
     """C_t = f_t C_{t−1} + i_t k_t v_tᵀ, n_t = f_t n_{t−1} + i_t k_t, with f = σ(f̃) and q = W_q x K^{−1/2}.
@@ -39,13 +54,7 @@ class MLSTM(Mixer):
         norm_eps: of the LayerNorm. At the initial input bias h is about 1e-5, so this one matters.
     """
 
-    traits = Traits(
-        engine="exponential_attention",
-        transition="data scalar",
-        input_gate="exponential",
-        state="heads × key_dim × value_dim, heads × key_dim, heads",
-        paper="mLSTM (arXiv 2405.04517)",
-    )
+    traits = EXPONENTIAL
 
     def __init__(
         self,
@@ -66,6 +75,8 @@ class MLSTM(Mixer):
             raise ConfigurationError(f"input_gate must be 'exponential' or 'sigmoid', got {input_gate!r}")
         if input_gate == "exponential" and normalize:
             raise ConfigurationError("the exponential gate always normalises; normalize is for input_gate='sigmoid'")
+        if input_gate == "sigmoid":
+            self.traits = SIGMOID
         self.heads, self.input_gate, self.normalize = heads, input_gate, normalize
         self.soft_cap, self.eps = soft_cap, eps
         self.key_dim, self.value_dim = head_width(d_model, heads, expand_k), head_width(d_model, heads, expand_v)

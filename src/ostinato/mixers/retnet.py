@@ -43,7 +43,6 @@ class RetNet(KeyValueMixer):
         state="heads × key_dim × value_dim, position",
         paper="RetNet (arXiv 2307.08621)",
     )
-    log_decay: Tensor
 
     def __init__(
         self, d_model: int, heads: int = 4, expand_k: float = 1.0, expand_v: float = 2.0, base: float = 10000.0
@@ -51,8 +50,11 @@ class RetNet(KeyValueMixer):
         super().__init__(d_model, heads, expand_k=expand_k, expand_v=expand_v, conv=None, gate="silu")
         check_rotary_dim(self.key_dim)
         self.base = base
-        decay = -torch.exp2(-5 - torch.arange(heads, dtype=torch.float64))
-        self.register_buffer("log_decay", torch.log1p(decay), persistent=False)
+
+    def log_decay(self) -> Float[Tensor, " heads"]:
+        """log γ_h. Not a buffer, which a cast of the model to half precision would round."""
+        head = torch.arange(self.heads, device=self.to_output.weight.device, dtype=self.state_dtype)
+        return torch.log1p(-torch.exp2(-5 - head))
 
     def initial_state(self, batch_size: int) -> RetNetState:  # type: ignore[override]
         """Zeros, at position 0."""
@@ -65,6 +67,6 @@ class RetNet(KeyValueMixer):
         place, following = positions(state.position, x.shape[1], reset)
         queries = rotate(queries, place, self.base) * self.key_dim**-0.5
         keys = rotate(keys, place, self.base)
-        log_decay = self.log_decay.to(state.memory.dtype).expand(*x.shape[:2], -1)
+        log_decay = self.log_decay().expand(*x.shape[:2], -1)
         outputs, memory = linear_attention(queries, keys, values, log_decay, state.memory, reset=reset)
         return self.read_out(outputs, x), RetNetState(memory, following)
