@@ -44,7 +44,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     names = [name.strip() for name in mixers.split(",") if name.strip()]
-    content = {
+    content: dict[str, Any] = {
         "machine": provenance(),
         "engines": _engines(batch, time, heads, dim, torch.device(device)),
         "streaming": [_streaming(name, heads * dim, torch.device(device)) for name in names],

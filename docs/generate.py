@@ -1,0 +1,126 @@
+"""Writes the pages and lists of the documentation that come from the code: the catalogue, the mixers, the tasks.
+
+Run by `make docs`; what it writes is not committed, so it cannot go stale.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+from ostinato.mixers import registry as mixers
+from ostinato.papers import catalogue
+from ostinato.papers.runner import verdict
+from ostinato.tasks import registry as tasks
+
+DOCS = Path(__file__).parent
+
+
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def code(names: tuple[str, ...]) -> str:
+    """Names as code, by spaces."""
+    return " ".join(f"`{name}`" for name in names)
+
+
+def systems_table(room: str | None = None) -> str:
+    """The systems, or those of a room."""
+    rows = [
+        [
+            s.label,
+            f"[{s.system}](https://arxiv.org/abs/{s.arxiv})",
+            str(s.year),
+            s.built_of,
+            *([] if room else [" ".join(s.rooms)]),
+            catalogue.state(s),
+            *([] if room else [code(s.mixers)]),
+        ]
+        for s in catalogue.systems()
+        if room is None or room in s.rooms
+    ]
+    more = [] if room else ["rooms"], [] if room else ["mixers that are there"]
+    return table(["no", "system", "year", "built of", *more[0], "state", *more[1]], rows)
+
+
+def results() -> str:
+    """What committed runs found, claim by claim."""
+    parts = []
+    for system in catalogue.systems():
+        found = catalogue.result(system)
+        if found is None:
+            continue
+        rows = [[c["claim"], c["theirs"], c["ours"], verdict(c["holds"]), c.get("note", "")] for c in found["claims"]]
+        where = f"budget {found['budget']}, seed {found['seed']}, {found['seconds']} s, "
+        where += ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+        parts.append(f"### {system.label} {system.system}\n\n")
+        parts.append(table(["claim", "theirs", "ours", "verdict", "note"], rows) + f"\n{where}\n\n")
+    return "".join(parts) or "No run of an experiment has been committed yet.\n"
+
+
+def benchmarks() -> str:
+    """The measured speeds that are committed."""
+    parts = []
+    for path in sorted((catalogue.results_folder() / "benchmarks").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(f"### {path.stem}\n\n")
+        for name, rows in content.items():
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+                headers = list(rows[0])
+                cells = [[str(row.get(header, "")) for header in headers] for row in rows]
+                parts.append(f"#### {name}\n\n" + table(headers, cells) + "\n")
+            elif isinstance(rows, dict):
+                parts.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in rows.items()) + "\n\n")
+    return "".join(parts) or "No benchmark has been committed yet.\n"
+
+
+def catalogue_page() -> str:
+    """The catalogue."""
+    records = catalogue.systems()
+    counts = ", ".join(
+        f"{sum(catalogue.state(record) == state for record in records)} {state}" for state in catalogue.STATES
+    )
+    return (
+        "# The catalogue\n\n"
+        f"{len(records)} systems: {counts}. [papers](rooms/papers.md) says what the states mean; `ostinato papers` "
+        "prints this list.\n\n" + systems_table() + "\n## Results\n\n" + results() + "\n## Speed\n\n" + benchmarks()
+    )
+
+
+def mixers_table() -> str:
+    """The mixers and their traits."""
+    rows = []
+    for name in mixers.mixers():
+        traits = mixers.mixer_class(name).traits
+        state = f"`{traits.state}`" if traits.state else ""
+        rows.append([f"`{name}`", f"`{traits.engine}`", traits.transition, traits.input_gate, state, traits.paper])
+    return table(["mixer", "engine", "transition", "input gate", "state per layer", "source"], rows)
+
+
+def tasks_table() -> str:
+    """The tasks."""
+    rows = []
+    for name in tasks.tasks():
+        cls = tasks.task_class(name)
+        first = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+        rows.append([f"`{name}`", cls.metric.replace("_", " "), first])
+    return table(["task", "metric", "what is asked"], rows)
+
+
+def main() -> None:
+    """Write everything."""
+    generated = DOCS / "generated"
+    generated.mkdir(exist_ok=True)
+    lists = {"mixers": mixers_table(), "tasks": tasks_table()}
+    lists |= {room: systems_table(room) for room in ("analysis", "theory", "quantum")}
+    for name, text in lists.items():
+        (generated / f"{name}.md").write_text(text, encoding="utf-8")
+    (DOCS / "catalogue.md").write_text(catalogue_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
