@@ -94,7 +94,8 @@ class Attention(Mixer):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         here, following = positions(state.position, x.shape[1], reset)
         if self.rope:
-            queries, keys = rotate(queries, here, self.base), rotate(keys, here, self.base)
+            turned = rotate(torch.cat([queries, keys], dim=2), here, self.base)
+            queries, keys = turned.split([self.heads, self.key_value_heads], dim=2)
         cache = AttentionState(state.keys, state.values, state.valid)
         outputs, cache = attention(queries, keys, values, cache, window=self.window, reset=reset)
         return self.to_output(outputs.flatten(-2)), AttentionCache(*cache, following)

@@ -99,7 +99,7 @@ def attend(
     scores = scores.flatten(1, 2)
     if bias is not None:
         scores = scores + _by_distance(bias, distance)
-    weights = (weight or softmax_weight)(scores, visible).masked_fill(~visible, 0)
+    weights = softmax_weight(scores, visible) if weight is None else weight(scores, visible).masked_fill(~visible, 0)
     if multiplier is not None:
         weights = weights * _by_distance(multiplier, distance)
     return (weights.unflatten(1, groups) @ values.unsqueeze(2)).flatten(1, 2).to(dtype)
