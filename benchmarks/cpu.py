@@ -121,11 +121,11 @@ def against_loop() -> list[Row]:
 
         rows += compare(f"{name}, B4 T1024 H4 D64", step, {"the loop": loop}, rounds=5)
 
-    from ostinato.ops.cells import ParaGRUCell
+    from ostinato.ops.cells import ParaGRU
 
-    cell = ParaGRUCell()
+    cell = ParaGRU()
     width = 64
-    weights = tuple((torch.randn(width) / width**0.5).requires_grad_() for _ in range(3))
+    weights = ((torch.randn(3, width) / width**0.5).requires_grad_(),)
     inputs = leaf(4, 4096, 3, width)
 
     def newton() -> tuple[Tensor, ...]:
@@ -196,7 +196,7 @@ def against_peers() -> list[Row]:
             num_hidden_layers=1,
         )
         peer = Mamba2Mixer(config, layer_idx=0)
-        mixer = ostinato.mixer("mamba2", 256, expand=1, head_dim=64, state_dim=64)
+        mixer = ostinato.mixer("mamba2", 256, expand=1, heads=4, state_dim=64)
         x = leaf(batch, length, 256)
         theirs = training_step(peer.torch_forward, x, weights=tuple(peer.parameters()))
         ours = training_step(mixer, x, weights=tuple(mixer.parameters()))
