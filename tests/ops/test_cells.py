@@ -207,6 +207,8 @@ def test_diagonal_of(name):
     value, jacobian = cell.step_and_jacobian(weights, state, first)
     diagonal = diagonal_of(cell, jacobian)
     assert diagonal.shape == value.shape
+    for found, wanted in zip(cell.step_and_diagonal(weights, state, first), (value, diagonal), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-14)
     h = cell.pack(state).clone().requires_grad_()
     index = tuple(size - 1 for size in h.shape)
     (row,) = torch.autograd.grad(cell.pack(cell.step(weights, cell.unpack(h), first))[index], h)

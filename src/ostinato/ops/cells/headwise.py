@@ -56,6 +56,11 @@ def _rows(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.unsqueeze(-1) * weight
 
 
+def _diagonal(weight: Tensor) -> Tensor:
+    """diag R: (…, dim, dim) -> (…, dim)."""
+    return weight.diagonal(dim1=-2, dim2=-1)
+
+
 class _HeadwiseCell(Cell):
     gates: ClassVar[int]
     structure = DENSE
@@ -108,6 +113,11 @@ class Elman(_HeadwiseCell):
         hidden = self.step(weights, state, inputs).hidden
         return hidden, _rows(1 - hidden * hidden, weights[0][0])
 
+    def step_and_diagonal(self, weights: Weights, state: Hidden, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 − h²) ⊙ diag R."""
+        hidden = self.step(weights, state, inputs).hidden
+        return hidden, (1 - hidden * hidden) * _diagonal(weights[0][0])
+
 
 @dataclass(frozen=True)
 class LSTM(_HeadwiseCell):
@@ -126,22 +136,32 @@ class LSTM(_HeadwiseCell):
         cell = torch.addcmul(torch.sigmoid(f) * state.cell, torch.sigmoid(i), torch.tanh(g))
         return HiddenCell(torch.sigmoid(o) * torch.tanh(cell), cell)
 
-    def step_and_jacobian(self, weights: Weights, state: HiddenCell, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """∂c'/∂c = f, ∂c'/∂h = Σ over i, f, g of diag(·)R; h' follows c' through o(1 − tanh² c')."""
-        r_i, r_f, r_g, r_o = weights[0].unbind(0)
+    def _slopes(self, weights: Weights, state: HiddenCell, inputs: Tensor) -> tuple[Tensor, ...]:
+        """New hidden and cell, f, ∂h'/∂c', and what i, f, g add to c', and o to h', per unit of R h."""
         i, f, g, o = (inputs + recur(weights[0], state.hidden)).unbind(-3)
         i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
         cell = f * state.cell + i * g
         squashed = torch.tanh(cell)
         hidden = o * squashed
-        cell_by_hidden = (
-            _rows(g * i * (1 - i), r_i) + _rows(state.cell * f * (1 - f), r_f) + _rows(i * (1 - g * g), r_g)
-        )
-        through = o * (1 - squashed * squashed)
-        hidden_by_hidden = _rows(through, cell_by_hidden) + _rows(hidden * (1 - o), r_o)
+        by_i, by_f, by_g = g * i * (1 - i), state.cell * f * (1 - f), i * (1 - g * g)
+        return hidden, cell, f, o * (1 - squashed * squashed), by_i, by_f, by_g, hidden * (1 - o)
+
+    def step_and_jacobian(self, weights: Weights, state: HiddenCell, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """∂c'/∂c = f, ∂c'/∂h = Σ over i, f, g of diag(·)R; h' follows c' through o(1 − tanh² c')."""
+        r_i, r_f, r_g, r_o = weights[0].unbind(0)
+        hidden, cell, f, through, by_i, by_f, by_g, by_o = self._slopes(weights, state, inputs)
+        cell_by_hidden = _rows(by_i, r_i) + _rows(by_f, r_f) + _rows(by_g, r_g)
+        hidden_by_hidden = _rows(through, cell_by_hidden) + _rows(by_o, r_o)
         top = torch.cat([hidden_by_hidden, torch.diag_embed(through * f)], dim=-1)
         bottom = torch.cat([cell_by_hidden, torch.diag_embed(f)], dim=-1)
         return torch.cat([hidden, cell], dim=-1), torch.cat([top, bottom], dim=-2)
+
+    def step_and_diagonal(self, weights: Weights, state: HiddenCell, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """∂h'/∂h and ∂c'/∂c, with diag R for R."""
+        r_i, r_f, r_g, r_o = _diagonal(weights[0]).unbind(0)
+        hidden, cell, f, through, by_i, by_f, by_g, by_o = self._slopes(weights, state, inputs)
+        by_hidden = through * (by_i * r_i + by_f * r_f + by_g * r_g) + by_o * r_o
+        return torch.cat([hidden, cell], dim=-1), torch.cat([by_hidden, f], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -176,12 +196,21 @@ class GRU(_HeadwiseCell):
     def step_and_jacobian(self, weights: Weights, state: Hidden, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """J = diag(z) + diag((h − n)z(1 − z))R^z + diag((1 − z)(1 − n²))(diag(r)R^n + diag(ĝr(1 − r))R^r)."""
         r_r, r_z, r_n = weights[0].unbind(0)
+        value, z, by_r, by_z, by_n = self._slopes(weights, state, inputs)
+        return value, _rows(by_r, r_r) + _rows(by_z, r_z) + _rows(by_n, r_n) + torch.diag_embed(z)
+
+    def step_and_diagonal(self, weights: Weights, state: Hidden, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with diag R for R."""
+        r_r, r_z, r_n = _diagonal(weights[0]).unbind(0)
+        value, z, by_r, by_z, by_n = self._slopes(weights, state, inputs)
+        return value, by_r * r_r + by_z * r_z + by_n * r_n + z
+
+    def _slopes(self, weights: Weights, state: Hidden, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The new hidden vector, z, and what each gate adds to it per unit of R h."""
         h = state.hidden
         r, z, candidate, n = self._gates(weights, h, inputs)
         through = (1 - z) * (1 - n * n)
-        jacobian = _rows((h - n) * z * (1 - z), r_z) + _rows(through * r, r_n)
-        jacobian = jacobian + _rows(through * candidate * r * (1 - r), r_r)
-        return n + z * (h - n), jacobian + torch.diag_embed(z)
+        return n + z * (h - n), z, through * candidate * r * (1 - r), (h - n) * z * (1 - z), through * r
 
 
 @dataclass(frozen=True)

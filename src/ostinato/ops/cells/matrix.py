@@ -92,6 +92,13 @@ class M2RNN(Cell):
         turned = slope.unsqueeze(-1) * weights[0].transpose(-1, -2).unsqueeze(-3)
         return value, turned + torch.diag_embed(forget.expand_as(candidate))
 
+    def step_and_diagonal(self, weights: Weights, state: Memory, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """f + (1 − f)(1 − z²) ⊙ diag W."""
+        candidate, forget = self._candidate(weights, state.memory, inputs)
+        value = torch.addcmul(candidate, forget, state.memory - candidate)
+        turned = weights[0].diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        return value, forget + (1 - forget) * (1 - candidate * candidate) * turned
+
     def output(self, state: Memory) -> Tensor:
         """The whole matrix; the read-out is the layer's."""
         return state.memory

@@ -52,6 +52,11 @@ class Cell:
         """f(h, x) packed, and ∂f/∂h in the cell's structure; by automatic differentiation unless overridden."""
         return autodiff_jacobian(self, weights, state, inputs)
 
+    def step_and_diagonal(self, weights: Weights, state: State, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """f(h, x) packed, and the diagonal of ∂f/∂h; overridden where it costs less than the whole."""
+        value, jacobian = self.step_and_jacobian(weights, state, inputs)
+        return value, diagonal_of(self, jacobian)
+
 
 def autodiff_jacobian(cell: Cell, weights: Weights, state: State, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """f(h, x) packed, and its Jacobian in the cell's structure, by reverse-mode differentiation.
