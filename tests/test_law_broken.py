@@ -135,6 +135,12 @@ class ChangesTheStatesType(Honest):
         return y, tuple(last)
 
 
+class KeepsTheSequenceAlive(Honest):
+    def forward(self, x: Tensor, state: Any = None, *, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        y, last = super().forward(x, state, reset=reset)
+        return y, Pair(last.taps, torch.stack([y, y + 0 * last.hidden.unsqueeze(1)], 1)[:, 0, -1])
+
+
 class BranchesOnData(Honest):
     def mix(self, x: Tensor, state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
         return super().mix(x if float(x.detach().sum()) > 1e9 else 2 * x, state, reset)
@@ -180,6 +186,7 @@ def test_an_honest_mixer_passes() -> None:
         (ReadsUnwrittenMemory, "whole: outputs"),
         (KeepsItsStateInSingle, "split: outputs"),
         (ChangesTheStatesType, "form"),
+        (KeepsTheSequenceAlive, "form"),
         (HasItsOwnInitialState, "no state is the initial state"),
         (Raises, "step by step"),
     ],

@@ -160,3 +160,12 @@ def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
         state.load(tmp_path / "nameless", Cell(torch.ones(1), None))
     with pytest.raises(CheckpointError, match="there is no file"):
         state.load(tmp_path / "absent", None)
+
+
+def test_compact_lets_go_of_what_a_view_holds() -> None:
+    sequence, whole = torch.randn(2, 1000, 4), torch.randn(2, 4)
+    cell = state.compact(Cell(sequence[:, -1], whole))
+    assert torch.equal(cell.hidden, sequence[:, -1]) and cell.extra is whole
+    assert cell.hidden.untyped_storage().nbytes() == 2 * 4 * 4
+    batched = torch.func.vmap(lambda x: state.compact((x[:, -1],))[0])(torch.randn(3, 2, 5))
+    assert batched.shape == (3, 2)

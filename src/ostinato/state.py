@@ -84,6 +84,23 @@ def clone(state: State) -> State:
     return map(Tensor.clone, state)
 
 
+def compact(state: State) -> State:
+    """The same values, holding no more memory than they take.
+
+    The last step of a sequence is often a view, which keeps the whole sequence alive: what is kept for long must be
+    a copy. Leaves that are no views are left as they are.
+    """
+
+    def own(leaf: Tensor) -> Tensor:
+        try:
+            held = leaf.untyped_storage().nbytes()
+        except NotImplementedError:  # inside a torch.func transform, where there is no memory to speak of
+            return leaf
+        return leaf.clone() if held > leaf.numel() * leaf.element_size() else leaf
+
+    return map(own, state)
+
+
 def to(state: State, *args: Any, **kwargs: Any) -> State:
     """`Tensor.to` on every leaf: move a state to a device."""
     return map(lambda leaf: leaf.to(*args, **kwargs), state)

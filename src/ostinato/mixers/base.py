@@ -111,7 +111,11 @@ class Mixer(nn.Module):
             state = self.initial_state(x.shape[0])
         elif not torch.compiler.is_compiling():
             self.check_state(state, x.shape[0])
-        return self.mix(x, state, reset, **context)
+        y, state = self.mix(x, state, reset, **context)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            # Autograd keeps the sequence anyway; without it, the state must not.
+            state = ostinato.state.compact(state)
+        return y, state
 
     def step(self, x: Float[Tensor, "batch d_model"], state: State) -> tuple[Float[Tensor, "batch d_model"], State]:
         """One step. The engines take their one-step definition for a sequence of length one."""

@@ -71,7 +71,7 @@ class ShortConvolution(nn.Module):
         for lag in range(1, self.width):
             tap = window[:, past - lag : past - lag + time] * self.weight[lag]
             if reset is not None:
-                tap = tap * previous_is_same_sequence(reset, lag).unsqueeze(-1)
+                tap = tap.masked_fill(~previous_is_same_sequence(reset, lag).unsqueeze(-1), 0)
             y = y + tap
         if self.bias is not None:
             y = y + self.bias
@@ -80,7 +80,7 @@ class ShortConvolution(nn.Module):
             # An input before the last reset must not reach a later step: forget it.
             after = torch.cat([torch.zeros_like(reset[:, :1]).expand(-1, past), reset], dim=1)[:, -past:]
             later = after.flip(1).cumsum(1).flip(1) - after.long()
-            kept = kept * (later == 0).unsqueeze(-1)
+            kept = kept.masked_fill((later > 0).unsqueeze(-1), 0)
         return y, kept
 
 
@@ -120,6 +120,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... dim"], gate: Float[Tensor, "... dim"] | None = None) -> Tensor:
         """Normalised and gated."""
+        x = x.to(self.norm.weight.dtype)  # under autocast x may be in half precision, the weight is not
         if self.gate is None or gate is None:
             return self.norm(x)
         opened = F.silu(gate) if self.gate == "silu" else torch.sigmoid(gate)

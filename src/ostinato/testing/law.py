@@ -180,7 +180,10 @@ def check_causality(bench: Bench, recorder: Recorder) -> None:
 
 
 def check_form(bench: Bench, recorder: Recorder) -> None:
-    """Outputs are shaped as x; the state keeps its structure, types and batch axis; nothing passed is overwritten."""
+    """Outputs are shaped as x; the state keeps its structure, types and batch axis, and owns its memory.
+
+    Nothing that is passed is overwritten.
+    """
     with recorder.attempt("form"), torch.no_grad():
         start = bench.mixer.initial_state(bench.batch)
         state = ostinato.state.clone(bench.state)
@@ -199,6 +202,10 @@ def check_form(bench: Bench, recorder: Recorder) -> None:
             for path, leaf in ostinato.state.leaves(tree):
                 if leaf.shape[:1] != (bench.batch,):
                     problems.append(f"{when} state, {path}: first axis is not the batch, {tuple(leaf.shape)}")
+        for path, leaf in ostinato.state.leaves(last):
+            held, taken = leaf.untyped_storage().nbytes(), leaf.numel() * leaf.element_size()
+            if held > taken:
+                problems.append(f"final state, {path}: {taken} bytes keep {held} alive, copy it out of what it views")
         after = dict(ostinato.state.leaves(state))
         for path, leaf in ostinato.state.leaves(bench.state):
             if not torch.equal(leaf, after[path]):
