@@ -383,6 +383,22 @@ def test_rwkv7_in_deeper_layers_moves_its_values_towards_the_first_layers() -> N
         first.mix_values(x, state, None, values)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_keeps_the_memory_in_float32(name: str) -> None:
+    torch.manual_seed(0)
+    mixer, x = ostinato.mixer(name, D_MODEL), sequence().float().requires_grad_()
+    nn.init.normal_(mixer.to_output.weight)
+    wanted, _ = mixer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, state = mixer(x[:, :5])
+        rest, state = mixer(x[:, 5:], state)
+    assert state[0].dtype == torch.float32
+    found = torch.cat([first, rest], dim=1).float()
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+    found.sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
 # --------------------------------------------------------------------------------------------------
 # What one is of another, and eigenvalues.
 

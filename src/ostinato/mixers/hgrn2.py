@@ -83,7 +83,8 @@ class HGRN2(Mixer):
             state.memory,
             reset=reset,
         )
-        return self.to_output(self.norm(outputs.flatten(-2))), MatrixState(memory, None)
+        joined = outputs.flatten(-2).to(self.norm.weight.dtype)  # half precision under autocast
+        return self.to_output(self.norm(joined)), MatrixState(memory, None)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

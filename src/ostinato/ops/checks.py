@@ -15,6 +15,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
+def own_precision(tensor: Tensor) -> torch.autocast:
+    """A context in which autocast, if it is on, leaves the types alone: for what must stay in float32.
+
+    Autocast turns every matrix product into half precision, also those of states and of a system's own matrices.
+    """
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def check_sequence(name: str, tensor: Tensor, axes: str) -> None:
     """Raise unless `tensor` is floating (or complex), has the axes named in `axes`, and no axis is empty.
 

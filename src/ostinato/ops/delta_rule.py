@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape
+from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, own_precision
 from ostinato.ops.chunks import (
     MATRIX,
     ChunkDecay,
@@ -248,7 +248,8 @@ def delta_rule(
 
     q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
     initial = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[-1]) if state is None else state.to(dtype)
-    outputs, last = _engine(
-        q, k, v, wide(beta), wide(log_decay), initial, wide(read_keys), wide(erase_keys), reset, chunk_size
-    )
+    with own_precision(q):
+        outputs, last = _engine(
+            q, k, v, wide(beta), wide(log_decay), initial, wide(read_keys), wide(erase_keys), reset, chunk_size
+        )
     return outputs.to(queries.dtype), last

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ostinato.errors import ConfigurationError, DtypeError
-from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape
+from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, own_precision
 from ostinato.ops.chunks import check_chunk_size
 from ostinato.ops.linear_attention import _parallel as linear_attention_in_chunks
 from ostinato.ops.linear_attention import check_matrix_arguments, linear_attention_step
@@ -193,5 +193,6 @@ def exponential_attention(
         )
     else:
         initial = ExponentialState(*(part.to(dtype) for part in state))
-    outputs, last = _engine(q, k, v, log_input.to(dtype), log_forget.to(dtype), initial, reset, chunk_size, eps)
+    with own_precision(q):
+        outputs, last = _engine(q, k, v, log_input.to(dtype), log_forget.to(dtype), initial, reset, chunk_size, eps)
     return outputs.to(queries.dtype), last

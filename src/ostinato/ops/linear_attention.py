@@ -12,7 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ostinato.errors import ShapeError
-from ostinato.ops.checks import accumulation_dtype, check_finite, check_reset, check_sequence, check_shape
+from ostinato.ops.checks import (
+    accumulation_dtype,
+    check_finite,
+    check_reset,
+    check_sequence,
+    check_shape,
+    own_precision,
+)
 from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, chunk_states, cut, join, scaled
 from ostinato.ops.routes import Engine
 
@@ -158,5 +165,6 @@ def linear_attention(
     decay = None if log_decay is None else log_decay.to(dtype)
     batch, _, heads, key_dim = q.shape
     initial = q.new_zeros(batch, heads, key_dim, v.shape[-1]) if state is None else state.to(dtype)
-    outputs, last = _engine(q, k, v, decay, initial, reset, chunk_size)
+    with own_precision(q):
+        outputs, last = _engine(q, k, v, decay, initial, reset, chunk_size)
     return outputs.to(queries.dtype), last
