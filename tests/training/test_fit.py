@@ -225,6 +225,9 @@ def test_tensorboard(small: Callable[..., Any], text: Text, tmp_path: Path) -> N
         {"device": "tpu"},
         {"resume": True},
         {"max_skipped": 0},
+        {"evaluation_batches": 0},
+        {"checkpoint_every": -1},
+        {"learning_rate": float("nan")},
     ],
 )
 def test_bad_arguments(small: Callable[..., Any], text: Text, options: dict[str, Any]) -> None:
@@ -235,3 +238,10 @@ def test_bad_arguments(small: Callable[..., Any], text: Text, options: dict[str,
 def test_not_a_task(small: Callable[..., Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"build one by ostinato\.task"):
         fit(small(), "text", **QUIET)  # type: ignore[arg-type]
+
+
+def test_a_vocabulary_too_small(small: Callable[..., Any], text: Text) -> None:
+    model = small()
+    model.vocab_size = 99
+    with pytest.raises(ConfigurationError, match="the task text has 256 tokens, the model only 99"):
+        fit(model, text, **QUIET)

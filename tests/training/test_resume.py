@@ -92,6 +92,16 @@ def test_a_run_is_not_overwritten(small: Callable[..., Any], text: Text, tmp_pat
         fit(small(), text, steps=1, directory=tmp_path / "run", **QUIET)
 
 
+def test_killed_before_the_first_checkpoint(small: Callable[..., Any], text: Text, tmp_path: Path) -> None:
+    def die(report: Any) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fit(small(), text, steps=3, checkpoint_every=2, directory=tmp_path / "run", callbacks=[die], **QUIET)
+    resumed = fit(small(), text, steps=3, directory=tmp_path / "run", resume=True, **QUIET)
+    assert resumed.steps == [1, 2, 3] and resumed.losses == fit(small(), text, steps=3, **QUIET).losses
+
+
 def test_no_run_to_resume(small: Callable[..., Any], text: Text, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no run in"):
         fit(small(), text, steps=1, directory=tmp_path / "nowhere", resume=True, **QUIET)

@@ -161,7 +161,7 @@ class Task(ABC):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GeneratedTask(Task):
     """A task whose sequences are drawn by an exact generator: subclasses define `generate`."""
 

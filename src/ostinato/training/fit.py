@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,21 @@ def fit(
         CheckpointError: there is no run to resume, its checkpoint is damaged or newer, or one cannot be written.
         DivergenceError: `max_skipped` steps in a row without a finite loss and gradient.
     """
-    _check(steps, batch_size, gradient_accumulation, mixed_precision, keep_checkpoints, max_skipped, task)
+    at_least = {
+        "steps": (1, steps),
+        "batch_size": (1, batch_size),
+        "gradient_accumulation": (1, gradient_accumulation),
+        "keep_checkpoints": (1, keep_checkpoints),
+        "max_skipped": (1, max_skipped),
+        "evaluation_batches": (1, evaluation_batches),
+        "evaluate_every": (0, evaluate_every),
+        "checkpoint_every": (0, checkpoint_every),
+        "learning_rate": (0, learning_rate),
+        "weight_decay": (0, weight_decay),
+        "warmup": (0, warmup),
+        "clip": (0, clip),
+    }
+    _check(model, task, at_least, mixed_precision)
     directory = None if directory is None else Path(directory)
     found = _find_run(directory, resume)
     settings = {"task": _describe(task), "batch_size": batch_size, "seed": seed}
@@ -224,22 +238,18 @@ def fit(
 
 
 def _check(
-    steps: int, batch_size: int, accumulation: int, mixed_precision: str, keep: int, max_skipped: int, task: Task
+    model: nn.Module, task: Task, at_least: Mapping[str, tuple[float, float | None]], mixed_precision: str
 ) -> None:
-    counts = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "gradient_accumulation": accumulation,
-        "keep_checkpoints": keep,
-        "max_skipped": max_skipped,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise ConfigurationError(f"{name} must be at least 1, got {value}")
+    for name, (least, value) in at_least.items():
+        if value is not None and not value >= least:
+            raise ConfigurationError(f"{name} must be at least {least}, got {value}")
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise ConfigurationError(f"mixed_precision is 'no', 'bf16' or 'fp16', got {mixed_precision!r}")
     if not hasattr(task, "train_batch"):
         raise ConfigurationError(f"{task!r} is not a task; build one by ostinato.task(name, …)")
+    size = getattr(model, "vocab_size", None)
+    if isinstance(size, int) and size < task.vocab_size:
+        raise ConfigurationError(f"the task {task.name} has {task.vocab_size} tokens, the model only {size}")
 
 
 def _find_run(directory: Path | None, resume: bool) -> Path | None:

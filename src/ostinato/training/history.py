@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ostinato.errors import CheckpointError
-from ostinato.files import FORMAT_VERSION, check_version, read_json, write_json
+from ostinato.files import FORMAT_VERSION, check_version, read_json, write_atomically, write_json
 from ostinato.tasks.base import Metrics
 
 
@@ -144,11 +144,13 @@ class MetricsFile:
     """metrics.jsonl: one line for each step and each evaluation, as they happen."""
 
     def __init__(self, path: Path, lines: Iterable[dict[str, Any]] = ()) -> None:
-        """Begin the file anew with `lines`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        for line in lines:
-            self.write(line)
+        """Begin the file anew with `lines`, atomically: the old file or the new one, never half of one."""
+
+        def write(temporary: Path) -> None:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+        write_atomically(path, write)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line."""
