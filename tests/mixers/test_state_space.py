@@ -177,6 +177,38 @@ def test_the_optimiser_rule_names_parameters(name: str) -> None:
     assert not {"outputs", "skip"} & layer.no_weight_decay
 
 
+@pytest.mark.parametrize("name", ["s4", "s4d", "s5", "lru", "mamba", "rg_lru", "min_lstm"])
+def test_many_seeds_train_as_one_batch(name: str) -> None:
+    layers = [mixer(name, 8).double() for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x, reset = torch.randn(1, 12, 8, dtype=torch.float64), torch.rand(1, 12) < 0.2
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,), {"reset": reset})[0].square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss))(parameters, buffers)
+    for index, layer in enumerate(layers):
+        layer(x, reset=reset)[0].square().sum().backward()
+        for key, parameter in layer.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(gradients[key][index], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "s5", "lru", "mamba"])
+def test_autocast_leaves_the_system_in_float32(name: str) -> None:
+    layer = mixer(name, 8)
+    x = torch.randn(1, 200, 8)
+    with torch.no_grad():
+        wanted, exact = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, state = layer(x)
+    assert state[0].dtype == torch.float32
+    # Mamba's projections are rounded, the others' systems see x itself.
+    tolerance = 0.1 if name == "mamba" else 1e-6
+    torch.testing.assert_close(state[0], exact[0], rtol=0, atol=tolerance * exact[0].abs().max().item())
+    torch.testing.assert_close(y.float(), wanted, rtol=0, atol=0.1 * wanted.abs().max().item())
+
+
 def test_shared_systems() -> None:
     layer = S4(6, 8, "random", copies=2, output="none").double()
     system = layer.system()

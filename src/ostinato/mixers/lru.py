@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer, Traits
 from ostinato.mixers.time_invariant import from_pairs
+from ostinato.ops.checks import own_precision
 from ostinato.ops.diagonal_scan import diagonal_scan
 
 
@@ -74,6 +75,10 @@ class LRU(Mixer):
 
     def mix(self, x: Tensor, state: LRUState, reset: Tensor | None) -> tuple[Tensor, LRUState]:
         """The recurrence, over the whole sequence."""
+        with own_precision(x):
+            return self._system(x, state, reset)
+
+    def _system(self, x: Tensor, state: LRUState, reset: Tensor | None) -> tuple[Tensor, LRUState]:
         dtype = self.state_dtype
         u = x.to(dtype)
         radius = torch.exp(-torch.exp(self.log_log_radius.to(dtype)))

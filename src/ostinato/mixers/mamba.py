@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer, Traits
 from ostinato.mixers.parts import ShortConvolution, log_uniform, softplus_inverse
+from ostinato.ops.checks import own_precision
 from ostinato.ops.diagonal_scan import diagonal_scan
 
 
@@ -96,5 +97,6 @@ class Mamba(Mixer):
             transition = 2 * transition - 1
         written = (step * wide).unsqueeze(-1) * inputs.to(dtype).unsqueeze(2)
         hidden, last = diagonal_scan(transition, written, state.hidden, reset=reset)
-        y = torch.einsum("btdn,btn->btd", hidden, outputs.to(dtype)) + self.skip.to(dtype) * wide
+        with own_precision(x):
+            y = torch.einsum("btdn,btn->btd", hidden, outputs.to(dtype)) + self.skip.to(dtype) * wide
         return self.to_output(y.to(x.dtype) * F.silu(gate)), MambaState(last, past)

@@ -17,6 +17,7 @@ from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer, Traits, split_heads
 from ostinato.mixers.parts import log_uniform
 from ostinato.mixers.time_invariant import as_pairs, from_pairs
+from ostinato.ops.checks import own_precision
 from ostinato.ops.diagonal_scan import diagonal_scan
 from ostinato.ops.hippo import diagonal_plus_low_rank, discretize_diagonal
 
@@ -86,6 +87,14 @@ class S5(Mixer):
 
     def mix(self, x: Tensor, state: S5State, reset: Tensor | None) -> tuple[Tensor, S5State]:
         """The system over the whole sequence, the skip, the gate."""
+        with own_precision(x):
+            y, last = self._system(x, state, reset)
+        if self.to_gate is not None:
+            y = F.gelu(y)
+            y = y * torch.sigmoid(self.to_gate(y))
+        return y, last
+
+    def _system(self, x: Tensor, state: S5State, reset: Tensor | None) -> tuple[Tensor, S5State]:
         dtype = self.state_dtype
         u = x.to(dtype)
         eigenvalues = torch.complex(self.real.to(dtype).clamp(max=-1e-4), self.imaginary.to(dtype))
@@ -94,8 +103,4 @@ class S5(Mixer):
         driven = torch.complex(u @ inputs.real.mT, u @ inputs.imag.mT)
         h, last = diagonal_scan(transition.view(1, 1, -1), driven, from_pairs(state.coordinates), reset=reset)
         y = 2 * (h.real @ outputs.real.mT - h.imag @ outputs.imag.mT) + self.skip.to(dtype) * u
-        y = y.to(x.dtype)
-        if self.to_gate is not None:
-            y = F.gelu(y)
-            y = y * torch.sigmoid(self.to_gate(y))
-        return y, S5State(torch.stack([last.real, last.imag], dim=-1))
+        return y.to(x.dtype), S5State(torch.stack([last.real, last.imag], dim=-1))

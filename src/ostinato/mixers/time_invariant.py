@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer
-from ostinato.ops.checks import accumulation_dtype
+from ostinato.ops.checks import accumulation_dtype, own_precision
 from ostinato.ops.state_space import Block, apply_blocks
 
 OUTPUTS = ("glu", "none")
@@ -77,14 +77,15 @@ class TimeInvariant(Mixer):
         """The system over the whole sequence, the skip, the output part."""
         u = x.to(self.state_dtype)
         coordinates = state.coordinates.flatten(-2)
-        if x.shape[1] == 1:
-            if reset is not None:
-                coordinates = coordinates.masked_fill(reset.unsqueeze(-1), 0)
-            y, coordinates = self.advance(u[:, 0], coordinates)
-            y = y.unsqueeze(1)
-        else:
-            y, coordinates = apply_blocks(self.block, u, coordinates, reset=reset, length=self.block_length)
-        y = (y + self.skip.to(y.dtype) * u).to(x.dtype)
+        with own_precision(x):
+            if x.shape[1] == 1:
+                if reset is not None:
+                    coordinates = coordinates.masked_fill(reset.unsqueeze(-1), 0)
+                y, coordinates = self.advance(u[:, 0], coordinates)
+                y = y.unsqueeze(1)
+            else:
+                y, coordinates = apply_blocks(self.block, u, coordinates, reset=reset, length=self.block_length)
+            y = (y + self.skip.to(y.dtype) * u).to(x.dtype)
         if self.to_output is not None:
             y = F.glu(self.to_output(F.gelu(y)), dim=-1)
         return y, TimeInvariantState(coordinates.unflatten(-1, (self.pairs, 2)))

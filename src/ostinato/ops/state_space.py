@@ -118,6 +118,11 @@ def to_complex(x: Float[Tensor, "... size"]) -> Complex[Tensor, "... half"]:
     return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
+def conjugate(x: Complex[Tensor, " ..."]) -> Complex[Tensor, " ..."]:
+    """x*, as numbers rather than as a flag on x: `vmap` cannot take the parts of a flagged tensor."""
+    return torch.complex(x.real, -x.imag)
+
+
 def powers(transition: Complex[Tensor, " ..."], count: int) -> Complex[Tensor, "... count"]:
     """1, a, a², …, a^{count−1} along a new last axis, by doubling: no logarithm, so a may be 0."""
     series = torch.ones_like(transition).unsqueeze(-1)
@@ -169,7 +174,7 @@ class DplrSystem(NamedTuple):
 def dplr_multiply(system: DplrSystem, x: Complex[Tensor, "... channels half"]) -> Complex[Tensor, "... channels half"]:
     """A x = Λ∘x − P (P* x). P* x, a sum over conjugate pairs, is real."""
     low = system.low_rank
-    inner = 2 * (low.conj() * x.unsqueeze(-2)).sum(-1, keepdim=True).real
+    inner = 2 * (conjugate(low) * x.unsqueeze(-2)).sum(-1, keepdim=True).real
     return system.eigenvalues * x - (low * inner).sum(-2)
 
 
@@ -179,9 +184,9 @@ def dplr_solve(system: DplrSystem, x: Complex[Tensor, "... channels half"]) -> C
     low = system.low_rank
     inverse = 1 / (1 - half_step * system.eigenvalues)
     solved = inverse * x
-    inner = 2 * (low.conj() * solved.unsqueeze(-2)).sum(-1).real
+    inner = 2 * (conjugate(low) * solved.unsqueeze(-2)).sum(-1).real
     scaled = inverse.unsqueeze(-2) * low
-    gram = 2 * torch.einsum("drn,dsn->drs", low.conj(), scaled).real
+    gram = 2 * torch.einsum("drn,dsn->drs", conjugate(low), scaled).real
     inner = _solve_small(gram * half_step.unsqueeze(-1), inner * half_step)
     return solved - (scaled * inner.unsqueeze(-1)).sum(-2)
 
@@ -226,7 +231,7 @@ def _resolvents(system: DplrSystem, corrected: Tensor, length: int, damping: flo
     node = torch.arange(length // 2 + 1, device=system.step.device, dtype=system.step.dtype)
     radius = torch.full_like(node, math.exp(-damping / length))
     omega = torch.polar(radius, (-2 * math.pi / length) * node).view(-1, 1, 1)
-    low, bra = _pairs(system.low_rank), _pairs(system.low_rank.conj())
+    low, bra = _pairs(system.low_rank), _pairs(conjugate(system.low_rank))
     cauchy = 1 / ((1 - omega) - (1 + omega) * (system.step / 2) * _pairs(system.eigenvalues))
     s = (1 + omega) * (system.step / 2)
     gram = torch.einsum("drn,jdn,dsn->jdrs", bra, cauchy, low) * s.unsqueeze(-1)
@@ -250,7 +255,7 @@ def _inverse(spectrum: Tensor, length: int, damping: float) -> Tensor:
 
 def _pairs(x: Tensor) -> Tensor:
     """A coordinate and its conjugate, all coordinates first: N/2 -> N."""
-    return torch.cat([x, x.conj()], dim=-1)
+    return torch.cat([x, conjugate(x)], dim=-1)
 
 
 def _solve_small(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -290,9 +295,9 @@ def dplr_corrected(
     system: DplrSystem, growth: Float[Tensor, "channels size size"], *, damping: float = 0.0
 ) -> Complex[Tensor, "channels half"]:
     """C̄ = C(I − e^{−damping} Ā^L), with Ā^L − I from `dplr_growth`."""
-    row = to_real(system.outputs.conj()).unsqueeze(1)
+    row = to_real(conjugate(system.outputs)).unsqueeze(1)
     decay = math.exp(-damping)
-    return to_complex(((1 - decay) * row - decay * (row @ growth)).squeeze(1)).conj()
+    return conjugate(to_complex(((1 - decay) * row - decay * (row @ growth)).squeeze(1)))
 
 
 def dplr_block(system: DplrSystem, length: int, *, damping: float = 1.0) -> Block:
