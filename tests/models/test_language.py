@@ -166,6 +166,10 @@ def test_what_does_not_fit_is_said() -> None:
         model(tokens[:, :0])
     with pytest.raises(ShapeError, match=r"\(batch, time\)"):
         model(tokens[0])
+    with pytest.raises(DataError, match=r"in \[0, 256\), got values from 0 to 256"):
+        model(torch.tensor([[0, 256]]))
+    with pytest.raises(ConfigurationError, match="dropout"):
+        build(dropout=1.5)
     _, state = model(tokens)
     with pytest.raises(StateError, match="LanguageState, got tuple"):
         model(tokens, state.layers)

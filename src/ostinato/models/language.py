@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 import ostinato.state
-from ostinato.errors import ConfigurationError, DtypeError, ShapeError, StateError
+from ostinato.errors import ConfigurationError, DataError, DtypeError, ShapeError, StateError
 from ostinato.models import checkpoint
 from ostinato.models.backbone import Backbone
 from ostinato.models.generation import TextStream, check_sampling
@@ -77,8 +77,8 @@ class LanguageModel(nn.Module):
                 f"{tokenizer!r}; leave it out to take the tokenizer's"
             )
         self.embedding = nn.Embedding(self.vocab_size, d_model)
-        self.dropout = nn.Dropout(dropout)
         self.backbone = Backbone(d_model, plan, depth, channel_mixer=channel_mixer, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
         self.head = None if tie_embeddings else nn.Linear(d_model, self.vocab_size, bias=False)
         self.config: dict[str, Any] = {
             "vocab_size": self.vocab_size,
@@ -120,6 +120,7 @@ class LanguageModel(nn.Module):
 
         Raises:
             ShapeError, DtypeError: tokens or reset does not fit.
+            DataError: a token is not in the vocabulary (on the CPU; a GPU says so in its own way).
             StateError: the state is of another model or batch size.
         """
         hidden, state = self._hidden(tokens, state, reset)
@@ -141,10 +142,17 @@ class LanguageModel(nn.Module):
             raise ShapeError(f"tokens must be (batch, time), neither of them empty, got shape {tuple(tokens.shape)}")
         if state is not None and not isinstance(state, LanguageState):
             raise StateError(f"the state of a language model is a LanguageState, got {type(state).__name__}")
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self._embedded(tokens))
         y, layers = self.backbone(x, None if state is None else state.layers, reset=reset, tokens=tokens)
         # A copy: a view of the last step would keep the whole sequence in memory.
         return y, LanguageState(layers, y[:, -1].clone())
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        try:
+            return self.embedding(tokens)
+        except IndexError as error:  # Asked for beforehand, this would be a pass over the tokens at every step.
+            low, high = int(tokens.min()), int(tokens.max())
+            raise DataError(f"tokens must be in [0, {self.vocab_size}), got values from {low} to {high}") from error
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)

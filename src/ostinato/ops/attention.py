@@ -347,7 +347,8 @@ def attention(
         weight: in place of softmax: weight(scores, visible) -> weights, (batch, heads, queries, keys) all of
             them; each row by itself. Default: `softmax_weight`.
         multiplier: m, on the weights, given as `bias` is. Nothing is normalised after it.
-        reset: True marks the first step of a new sequence: nothing from before it is seen.
+        reset: True marks the first step of a new sequence: nothing from before it is seen. (Without a window
+            its entries stay in the state, zero and not valid, because the rows of a batch reset at different times.)
         validate: look for NaN and infinity in the arguments first (costs a pass over them).
 
     Returns:
