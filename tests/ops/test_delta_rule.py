@@ -271,6 +271,16 @@ def test_compiles_as_one_graph(decay: str, untied: bool) -> None:
     assert_same(with_gradients(compiled, args), with_gradients(formula, args), 1e-10)
 
 
+def test_compiles_where_only_the_queries_have_gradients() -> None:
+    q, *rest = arguments(9, "vector", untied=True)
+    compiled = torch.compile(lambda x: ours(x, *rest, chunk_size=8)[0], fullgraph=True, backend="aot_eager")
+    x = q.clone().requires_grad_()
+    compiled(x).sum().backward()
+    y = q.clone().requires_grad_()
+    formula(y, *rest)[0].sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-11)
+
+
 def test_bad_arguments() -> None:
     q, k, v, beta, g, state, r, e = arguments(6, "scalar", 2, untied=True)
     with pytest.raises(ShapeError, match="11 steps for 6 queries"):
