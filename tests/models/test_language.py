@@ -71,6 +71,18 @@ def test_read_does_not_depend_on_the_chunk() -> None:
     torch.testing.assert_close(model.read(text[9:], half), whole, atol=1e-12, rtol=0)
 
 
+def test_a_long_text_is_read_in_memory_that_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = build("min_gru"), []
+    encode, hidden = model.tokenizer.encode, model._hidden
+    monkeypatch.setattr(model.tokenizer, "encode", lambda part: (sizes.append(len(part)), encode(part))[1])
+    monkeypatch.setattr(model, "_hidden", lambda ids, state: (sizes.append(ids.shape[1]), hidden(ids, state))[1])
+    text = "é" * 100_000
+    state = model.read(text, chunk=16384)
+    assert max(sizes) == 65536 and sizes.count(16384) == 200_000 // 16384 and sum(sizes) == 300_000
+    _, last = hidden(torch.tensor([list(text.encode())]), None)
+    torch.testing.assert_close(state, last)
+
+
 def test_read_takes_no_gradient_and_nothing_from_nothing() -> None:
     model = build()
     state = model.read("abc")

@@ -196,7 +196,8 @@ class LanguageModel(nn.Module):
         state = self.initial_state(1) if state is None else state
         rows = ostinato.state.batch_size(state)
         with _evaluating(self):
-            for tokens in _chunks((self.tokenizer.encode(part) for part in _parts(text)), chunk):
+            parts = _parts(text, self.tokenizer.divisible)
+            for tokens in _chunks((self.tokenizer.encode(part) for part in parts), chunk):
                 ids = torch.tensor(tokens, device=self.device).expand(rows, -1)
                 _, state = self._hidden(ids, state)
         # A copy: a mixer's state may be a view of the last step of its chunk, and would keep the chunk alive.
@@ -288,8 +289,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             model.train()
 
 
-def _parts(text: str | Iterable[str]) -> Iterable[str]:
-    return (text,) if isinstance(text, str) else text
+def _parts(text: str | Iterable[str], divisible: bool) -> Iterable[str]:
+    """The strings to be tokenized one after the other; a long one is cut where the tokenizer allows it."""
+    if not isinstance(text, str):
+        return text
+    size = 1 << 16 if divisible else max(len(text), 1)
+    return (text[start : start + size] for start in range(0, len(text), size))
 
 
 def _chunks(parts: Iterable[list[int]], size: int) -> Iterator[list[int]]:

@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
     """The token that an empty prompt stands for."""
     end: int | None
     """The token at which a stream ends, if there is one."""
+    divisible: bool
+    """Whether a text may be cut anywhere and its pieces encoded by themselves."""
 
     def encode(self, text: str) -> list[int]:
         """Text to token ids, without special tokens."""
@@ -52,6 +54,7 @@ class ByteTokenizer:
     vocab_size = 256
     start = ord("\n")
     end: int | None = None
+    divisible = True
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of the text; raises `DataError` for unpaired surrogates, which have none."""
@@ -82,6 +85,8 @@ class ByteDecoder:
 
 class PretrainedTokenizer:
     """A Hugging Face tokenizer, by the name or path that `AutoTokenizer.from_pretrained` takes."""
+
+    divisible = False
 
     def __init__(self, name: str) -> None:
         try:
