@@ -11,7 +11,7 @@ MINUTES ?= 3
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 # Independent implementations that ours are compared with. Their kernels need Triton or CUDA, which a CPU has
 # not: installed without dependencies, their plain-PyTorch paths run.
@@ -41,7 +41,7 @@ test: lint
 
 docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/.base
 	$(BIN)/ostinato bench

@@ -20,7 +20,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the page and the model go.")] = Path("runs/demo"),
     d_model: Annotated[int, typer.Option(help="Width.")] = 128,
     depth: Annotated[int, typer.Option(help="Layers.")] = 4,
-    batch: Annotated[int, typer.Option(help="Sequences in one update.")] = 16,
+    batch: Annotated[int, typer.Option(help="Sequences in one update.")] = 8,
     window: Annotated[int, typer.Option(help="Tokens of each sequence in one update.")] = 128,
     plan: Annotated[str, typer.Option(help="Which mixers; a state that does not grow shows best.")] = PLAN,
     max_bytes: Annotated[int | None, typer.Option(help="Use at most so much text.")] = None,
