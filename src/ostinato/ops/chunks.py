@@ -94,6 +94,8 @@ class ChunkDecay(NamedTuple):
         if self.channels is None or self.squares is None:
             scores = rows @ columns.mT
         else:
+            # torch.compile traces no function that is given one tensor twice.
+            columns = columns.view_as(columns) if columns is rows else columns
             scores = _HalvingScores.apply(rows, columns, self.channels, *self.squares)
         if self.pairs is not None:
             scores = scores * _repeat(self.pairs, rows.shape[-2], columns.shape[-2])
