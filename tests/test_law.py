@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ostinato.mixers import registry
-from ostinato.testing import FREE, PLAIN_ROUTES, check_mixer, law
+from ostinato.testing import FREE, PLAIN_ROUTES, TOLERANCES, check_mixer, law
+from ostinato.testing.runs import difference, run
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,3 +81,15 @@ VARIANTS = [
 def test_the_law_holds_with_other_options(name: str, options: dict[str, Any]) -> None:
     mixer = registry.mixer(name, 16, **options)
     assert check_mixer(mixer, name=name, routes=(FREE,), length=11, seed=1, compile=False).ok
+
+
+@pytest.mark.parametrize("name", registry.mixers())
+def test_the_law_holds_across_chunks(name: str) -> None:
+    # Twenty steps fit into one chunk of any engine; these are more than two.
+    bench = law.Bench(registry.mixer(name, 16), torch.float64, "cpu", 1, 131, 2)
+    problem = bench.problems()[1]
+    for cuts in ([131], [63, 128, 131], [1, 65, 131]):
+        found = run(bench.mixer, problem, cuts)
+        for kind, wanted in bench.truth(problem).values.items():
+            error, where = difference(found.values[kind], wanted)
+            assert error <= TOLERANCES[torch.float64], f"{kind} is {error:.1e} off in {where}, cut at {cuts}"
