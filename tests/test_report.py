@@ -53,6 +53,14 @@ def test_a_figure_is_valid_svg_within_its_frame(options: dict[str, object]) -> N
     assert set(options.get("levels", ())) <= set(texts)  # type: ignore[call-overload]
 
 
+def test_long_labels_do_not_run_into_each_other() -> None:
+    labels = [f"delta_net(negative_eigenvalues=True, heads={heads})" for heads in (1, 2, 4)]
+    root = ElementTree.fromstring(svg(Figure("f", [Series(label, [0, 1], [-0.1, 0.1]) for label in labels])))
+    texts = {element.text: element.attrib for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert len({texts[label]["y"] for label in labels}) == 3
+    assert "0" in texts and "-0" not in texts
+
+
 def test_lines_are_where_their_numbers_are() -> None:
     root = ElementTree.fromstring(svg(Figure("f", [Series("s", [0, 1, 2], [0.0, 5.0, 10.0])])))
     points = root.find("{http://www.w3.org/2000/svg}polyline").attrib["points"].split()  # type: ignore[union-attr]

@@ -141,7 +141,10 @@ def svg(figure: Figure, *, standalone: bool = False) -> str:
     (x0, x1), (y0, y1) = _span(xs, 0.0), _span(ys, 0.06)
     left, top, width, height = 64, 12, 560, 270
     entries = [s.label for s in figure.series] + list(levels)
-    total = top + height + 52 + 20 * math.ceil(len(entries) / 3)
+    # As many columns as the longest label allows.
+    longest = max((len(label) for label in entries), default=0)
+    columns = 3 if longest <= 22 else 2 if longest <= 36 else 1
+    total = top + height + 52 + 20 * math.ceil(len(entries) / columns)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (x - x0) / (x1 - x0) * width, top + (y1 - y) / (y1 - y0) * height
@@ -179,7 +182,7 @@ def svg(figure: Figure, *, standalone: bool = False) -> str:
         tip = f"<title>{html.escape(label)}</title>"
         out.append(f'<line {kind} x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}">{tip}</line>')
     for index, label in enumerate(entries):
-        x, y = left + (index % 3) * width / 3, top + height + 58 + 20 * (index // 3)
+        x, y = left + (index % columns) * width / columns, top + height + 58 + 20 * (index // columns)
         kind = f'class="line{" level" if index >= len(points) else ""} s{index % len(_COLOURS)}"'
         out.append(f'<line {kind} x1="{x:.0f}" x2="{x + 20:.0f}" y1="{y}" y2="{y}"/>')
         out.append(f'<text x="{x + 26:.0f}" y="{y + 4}">{html.escape(label)}</text>')
@@ -246,6 +249,7 @@ def _ticks(low: float, high: float, logarithmic: bool) -> list[tuple[float, str]
     decimals = max(0, 1 - math.floor(math.log10(step)))
     out, value = [], math.ceil(low / step) * step
     while value <= high + step * 1e-9:
+        value = 0.0 if abs(value) < step * 1e-9 else value  # not −0
         shown = 10**value if logarithmic else value
         text = number(shown) if logarithmic else f"{shown:,.{min(decimals, 6)}f}"
         out.append((value, text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text))
@@ -268,7 +272,7 @@ _FIGURE_STYLE = (
 )
 _STYLE = (
     ":root{color-scheme:light dark}body{margin:0;background:#fff;color:#1b1b1b;font:16px/1.55 system-ui,sans-serif}"
-    "main{max-width:46rem;margin:0 auto;padding:2rem 1rem 4rem}h1{margin:0 0 .25rem;line-height:1.2}"
+    "main{max-width:54rem;margin:0 auto;padding:2rem 1rem 4rem}h1{margin:0 0 .25rem;line-height:1.2}"
     "h2{margin:2.25rem 0 .5rem;font-size:1.2rem}.subtitle{margin:0 0 1.5rem;color:#666}"
     "table{border-collapse:collapse;font-size:.92rem;min-width:60%}.wide{overflow-x:auto;margin:1rem 0}"
     "th,td{padding:.35rem .8rem .35rem 0;text-align:left;border-bottom:1px solid #8883;vertical-align:top}"
