@@ -222,26 +222,43 @@ def dplr_kernel(
 
     Source: S4 (arXiv 2111.00396), section 3.2 and appendix C.3.
     """
-    columns, _ = _resolvents(system, corrected, length, damping)
+    columns = _columns(system, _nodes(system, length, damping))
     return _inverse((_pairs(corrected) * columns).sum(-1), length, damping)
 
 
-def _resolvents(system: DplrSystem, corrected: Tensor, length: int, damping: float) -> tuple[Tensor, Tensor]:
-    """(I − ωĀ)^{-1} B̄ and C̄ [(1 − ω)I − (1 + ω)ΔA/2]^{-1} at the nodes, both (nodes, channels, size), all pairs."""
+class _Nodes(NamedTuple):
+    """What the resolvents share: over nodes, channels and all conjugate pairs."""
+
+    cauchy: Tensor  # D(ω) = 1/((1 − ω) − (1 + ω)ΔΛ/2)
+    scale: Tensor  # s = (1 + ω)Δ/2
+    gram: Tensor  # s·P*DP
+    ket: Tensor  # P
+    bra: Tensor  # P*
+
+
+def _nodes(system: DplrSystem, length: int, damping: float) -> _Nodes:
     node = torch.arange(length // 2 + 1, device=system.step.device, dtype=system.step.dtype)
     radius = torch.full_like(node, math.exp(-damping / length))
     omega = torch.polar(radius, (-2 * math.pi / length) * node).view(-1, 1, 1)
-    low, bra = _pairs(system.low_rank), _pairs(conjugate(system.low_rank))
-    cauchy = 1 / ((1 - omega) - (1 + omega) * (system.step / 2) * _pairs(system.eigenvalues))
-    s = (1 + omega) * (system.step / 2)
-    gram = torch.einsum("drn,jdn,dsn->jdrs", bra, cauchy, low) * s.unsqueeze(-1)
-    right = cauchy * _pairs(system.inputs)
-    inner = _solve_small(gram, torch.einsum("drn,jdn->jdr", bra, right) * s)
-    column = right - cauchy * torch.einsum("drn,jdr->jdn", low, inner)
-    left = cauchy * _pairs(corrected)
-    inner = _solve_small(gram.mT, torch.einsum("drn,jdn->jdr", low, left) * s)
-    row = left - cauchy * torch.einsum("drn,jdr->jdn", bra, inner)
-    return system.step * column, row
+    ket, bra = _pairs(system.low_rank), _pairs(conjugate(system.low_rank))
+    scale = (1 + omega) * (system.step / 2)
+    cauchy = 1 / ((1 - omega) - scale * _pairs(system.eigenvalues))
+    gram = torch.einsum("drsn,jdn->jdrs", bra.unsqueeze(2) * ket.unsqueeze(1), cauchy) * scale.unsqueeze(-1)
+    return _Nodes(cauchy, scale, gram, ket, bra)
+
+
+def _columns(system: DplrSystem, nodes: _Nodes) -> Tensor:
+    """(I − ωĀ)^{-1} B̄ = Δ·[DB − s·DP (1 + s·P*DP)^{-1} P*DB], (nodes, channels, size)."""
+    right = nodes.cauchy * _pairs(system.inputs)
+    inner = _solve_small(nodes.gram, torch.einsum("drn,jdn->jdr", nodes.bra, right) * nodes.scale)
+    return system.step * (right - nodes.cauchy * torch.einsum("drn,jdr->jdn", nodes.ket, inner))
+
+
+def _rows(corrected: Tensor, nodes: _Nodes) -> Tensor:
+    """C̄ [(1 − ω)I − (1 + ω)ΔA/2]^{-1}, (nodes, channels, size)."""
+    left = nodes.cauchy * _pairs(corrected)
+    inner = _solve_small(nodes.gram.mT, torch.einsum("drn,jdn->jdr", nodes.ket, left) * nodes.scale)
+    return left - nodes.cauchy * torch.einsum("drn,jdr->jdn", nodes.bra, inner)
 
 
 def _inverse(spectrum: Tensor, length: int, damping: float) -> Tensor:
@@ -312,7 +329,8 @@ def dplr_block(system: DplrSystem, length: int, *, damping: float = 1.0) -> Bloc
     """
     growth = dplr_growth(system, length)
     corrected = dplr_corrected(system, growth, damping=damping)
-    columns, rows = _resolvents(system, corrected, length, damping)
+    nodes = _nodes(system, length, damping)
+    columns, rows = _columns(system, nodes), _rows(corrected, nodes)
     half = corrected.shape[-1]
     kernel = _inverse((_pairs(corrected) * columns).sum(-1), length, damping)
     plus, minus = columns[..., :half], columns[..., half:]
