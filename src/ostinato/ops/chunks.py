@@ -43,8 +43,8 @@ def chunk_length(chunk_size: int, time: int) -> int:
 
 
 def cut(
-    sequence: Float[Tensor, "batch time*micro heads dim"], length: int, micro: int = 1
-) -> Float[Tensor, "chunks batch heads length*micro dim"]:
+    sequence: Float[Tensor, "batch steps heads dim"], length: int, micro: int = 1
+) -> Float[Tensor, "chunks batch heads _ dim"]:
     """Cut a sequence into chunks of `length` tokens (of `micro` steps each), the last filled up with zeros."""
     width = length * micro
     missing = -sequence.shape[1] % width
@@ -79,11 +79,11 @@ class ChunkDecay(NamedTuple):
 
     def scores(
         self,
-        rows: Float[Tensor, "chunks batch heads length*m dim"],
-        columns: Float[Tensor, "chunks batch heads length*n dim"],
+        rows: Float[Tensor, "chunks batch heads read dim"],
+        columns: Float[Tensor, "chunks batch heads written dim"],
         *,
         strict: bool = False,
-    ) -> Float[Tensor, "chunks batch heads length*m length*n"]:
+    ) -> Float[Tensor, "chunks batch heads read written"]:
         """P_ij = Σ_c rows_ic columns_jc exp(G_ic − G_jc) where token(i) ≥ token(j) in one segment, else 0.
 
         Args:
@@ -382,8 +382,8 @@ class _ChunkStates(torch.autograd.Function):
 
 
 def chunk_states(
-    transition: Float[Tensor, "chunks batch heads key_dim key_dim"]
-    | Float[Tensor, "chunks batch heads channels 1"]
+    transition: Float[Tensor, "chunks batch #heads #key_dim 1"]
+    | Float[Tensor, "chunks batch heads key_dim key_dim"]
     | None,
     written: Float[Tensor, "chunks batch heads key_dim value_dim"],
     initial: Float[Tensor, "batch heads key_dim value_dim"],

@@ -46,7 +46,7 @@ def _parallel(transition: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
 
 
 def diagonal_scan(
-    transition: Inexact[Tensor, "batch time ..."],
+    transition: Inexact[Tensor, "#batch #time ..."],
     inputs: Inexact[Tensor, "batch time ..."],
     state: Inexact[Tensor, "batch ..."] | None = None,
     *,

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Inexact, Shaped
 from torch import Tensor
 
 Element = tuple[Tensor, ...]
@@ -36,6 +36,7 @@ _SHORT = 8
 _LONGEST_BLOCK = 64
 
 
+@runtime_checkable
 class Monoid(Protocol):
     """Elements that multiply associatively and act on points. Both are tuples of tensors.
 
@@ -253,13 +254,13 @@ def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def affine_scan(
-    transition: Float[Tensor, "batch time ..."],
-    inputs: Float[Tensor, "batch time ..."],
-    initial: Float[Tensor, "batch ..."],
+    transition: Inexact[Tensor, "batch time ..."],
+    inputs: Inexact[Tensor, "batch time ..."],
+    initial: Inexact[Tensor, "batch ..."],
     *,
     structure: Affine = DIAGONAL,
     reverse: bool = False,
-) -> Float[Tensor, "batch time ..."]:
+) -> Inexact[Tensor, "batch time ..."]:
     """h_t = A_t h_{t-1} + b_t for all t, from h_0 = `initial`; real or complex.
 
     Args:
