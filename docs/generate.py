@@ -1,4 +1,5 @@
-"""Writes the pages and lists of the documentation that come from the code: the catalogue, the mixers, the tasks.
+"""Writes the pages and lists of the documentation that come from the code: the catalogue, the mixers, the tasks, the
+tolerances.
 
 Run by `make docs`; what it writes is not committed, so it cannot go stale.
 """
@@ -13,6 +14,7 @@ from ostinato.mixers import registry as mixers
 from ostinato.papers import catalogue
 from ostinato.papers.runner import verdict
 from ostinato.tasks import registry as tasks
+from ostinato.testing.report import GRADIENT_TOLERANCES, TOLERANCES, dtype_name
 
 DOCS = Path(__file__).parent
 
@@ -111,11 +113,17 @@ def tasks_table() -> str:
     return table(["task", "metric", "what is asked"], rows)
 
 
+def tolerances_table() -> str:
+    """What the law allows, by type."""
+    rows = [[dtype_name(t), f"{TOLERANCES[t]:.1e}", f"{GRADIENT_TOLERANCES[t]:.1e}"] for t in TOLERANCES]
+    return table(["type", "outputs and states", "gradients"], rows)
+
+
 def main() -> None:
     """Write everything."""
     generated = DOCS / "generated"
     generated.mkdir(exist_ok=True)
-    lists = {"mixers": mixers_table(), "tasks": tasks_table()}
+    lists = {"mixers": mixers_table(), "tasks": tasks_table(), "tolerances": tolerances_table()}
     lists |= {room: systems_table(room) for room in ("analysis", "theory", "quantum")}
     for name, text in lists.items():
         (generated / f"{name}.md").write_text(text, encoding="utf-8")
