@@ -22,6 +22,13 @@ def test_the_inner_width_is_eight_thirds_rounded_up(d_model: int, hidden: int) -
     assert hidden % 8 == 0 and 0 <= hidden - 8 * d_model / 3 < 8
 
 
+def test_the_scale_of_the_input_is_kept_at_every_width() -> None:
+    for d_model in (32, 512):
+        x = torch.randn(64, d_model)
+        assert 0.4 < SwiGLU(d_model).to_value(x).std() < 1.6
+        assert 0.3 < SwiGLU(d_model)(x).std() < 1.2
+
+
 def test_a_width_of_nothing() -> None:
     with pytest.raises(ConfigurationError, match="positive, got 0"):
         SwiGLU(6, hidden=0)

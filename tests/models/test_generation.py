@@ -17,9 +17,10 @@ from ostinato.models.generation import sample, token_probabilities
 def model() -> LanguageModel:
     """A model with enough preference that greedy and sampled text differ."""
     torch.manual_seed(1)
-    model = LanguageModel(d_model=32, plan="min_gru, attention(window=8)", depth=2)
+    model = LanguageModel(d_model=32, plan="min_gru, attention(window=8)", depth=2, tie_embeddings=False)
+    assert model.head is not None
     with torch.no_grad():
-        model.embedding.weight.mul_(20)
+        model.head.weight.mul_(3)
     return model.eval()
 
 

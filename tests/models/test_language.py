@@ -154,6 +154,12 @@ def test_a_state_is_saved_and_loaded_in_the_middle_of_a_text(plan: str, tmp_path
         ostinato.state.load(tmp_path / "state.safetensors", like=model.initial_state(1).layers)
 
 
+def test_logits_start_with_variance_one_at_every_width() -> None:
+    for d_model in (16, 256):
+        logits, _ = LanguageModel(d_model=d_model, plan="min_gru", depth=4)(torch.randint(0, 256, (4, 64)))
+        assert 0.6 < logits.std() < 1.6
+
+
 def test_num_parameters_and_tied_embeddings() -> None:
     tied, untied = build(), build(tie_embeddings=False)
     assert untied.num_parameters() - tied.num_parameters() == 256 * 16

@@ -20,7 +20,7 @@ class SwiGLU(nn.Module):
         hidden: inner width; None takes 8/3 · d_model, rounded up to a multiple of 8, at which the three
             matrices have as many parameters as an ungated layer with inner width 4 · d_model.
 
-    Weights start at N(0, 0.02²).
+    Weights start at N(0, 1 / inputs), so that the layer keeps the scale of what it is given at every width.
     """
 
     def __init__(self, d_model: int, hidden: int | None = None) -> None:
@@ -34,7 +34,7 @@ class SwiGLU(nn.Module):
         self.to_value = nn.Linear(d_model, hidden, bias=False)
         self.to_output = nn.Linear(hidden, d_model, bias=False)
         for projection in (self.to_gate, self.to_value, self.to_output):
-            nn.init.normal_(projection.weight, std=0.02)
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """The map itself."""

@@ -50,8 +50,9 @@ class LanguageModel(nn.Module):
         channel_mixer: "swiglu" or None.
         dropout: probability, on every branch and on the embedding.
 
-    Embedding, head and channel mixers start at N(0, 0.02²); mixers initialise themselves; output projections are
-    scaled by depth (see `Backbone`).
+    Embedding and head start at N(0, 1 / d_model), so that the logits of normed outputs start with variance 1 at
+    every width; mixers and channel mixers initialise themselves; output projections are scaled by depth (see
+    `Backbone`).
 
     Raises `PlanError`, `UnknownNameError`, `ConfigurationError` for arguments that make no model.
     """
@@ -92,7 +93,7 @@ class LanguageModel(nn.Module):
         }
         for projection in (self.embedding, self.head):
             if projection is not None:
-                nn.init.normal_(projection.weight, std=0.02)
+                nn.init.normal_(projection.weight, std=d_model**-0.5)
 
     # ----------------------------------------------------------------------------------------------
     # The map.
