@@ -81,11 +81,16 @@ def test_the_generating_function_gives_the_powers(measure: str, size: int, lengt
 
 
 def test_nodes_inside_the_circle_keep_the_digits_of_float32() -> None:
-    torch.manual_seed(0)
-    system = make("fout", 16, dtype=torch.float32)
-    wanted = kernel_by_powers(system, 64)
-    assert error(kernel_by_nodes(system, 64, 0.0), wanted) > 1e-4
-    assert error(kernel_by_nodes(system, 64, 1.0), wanted) < 1e-5
+    """The worst of several draws, since rounding errors are what is compared."""
+    on, inside = [], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        system = make("fout", 16, dtype=torch.float32)
+        wanted = kernel_by_powers(system, 64)
+        on.append(error(kernel_by_nodes(system, 64, 0.0), wanted))
+        inside.append(error(kernel_by_nodes(system, 64, 1.0), wanted))
+    assert max(inside) < 1e-5
+    assert max(on) > 10 * max(inside)
 
 
 def test_the_node_minus_one_is_the_limit() -> None:

@@ -222,8 +222,23 @@ def dplr_kernel(
 
     Source: S4 (arXiv 2111.00396), section 3.2 and appendix C.3.
     """
-    columns = _columns(system, _nodes(system, length, damping))
-    return _inverse((_pairs(corrected) * columns).sum(-1), length, damping)
+    cauchy, scale = _cauchy(system, length, damping)
+    bras = torch.stack([corrected, *conjugate(system.low_rank).unbind(1)], dim=1)
+    kets = torch.stack([system.inputs, *system.low_rank.unbind(1)], dim=1)
+    # All Cauchy sums in one product: row 0 is C̄, column 0 is B, the others are P* and P.
+    sums = torch.einsum("drsn,jdn->jdrs", _pairs(bras).unsqueeze(2) * _pairs(kets).unsqueeze(1), cauchy)
+    inner = _solve_small(sums[..., 1:, 1:] * scale.unsqueeze(-1), sums[..., 1:, 0] * scale)
+    spectrum = system.step.squeeze(-1) * (sums[..., 0, 0] - (sums[..., 0, 1:] * inner).sum(-1))
+    return _inverse(spectrum, length, damping)
+
+
+def _cauchy(system: DplrSystem, length: int, damping: float) -> tuple[Tensor, Tensor]:
+    """D(ω) = 1/((1 − ω) − (1 + ω)ΔΛ/2), (nodes, channels, size) over all pairs, and s = (1 + ω)Δ/2."""
+    node = torch.arange(length // 2 + 1, device=system.step.device, dtype=system.step.dtype)
+    radius = torch.full_like(node, math.exp(-damping / length))
+    omega = torch.polar(radius, (-2 * math.pi / length) * node).view(-1, 1, 1)
+    scale = (1 + omega) * (system.step / 2)
+    return 1 / ((1 - omega) - scale * _pairs(system.eigenvalues)), scale
 
 
 class _Nodes(NamedTuple):
@@ -237,12 +252,8 @@ class _Nodes(NamedTuple):
 
 
 def _nodes(system: DplrSystem, length: int, damping: float) -> _Nodes:
-    node = torch.arange(length // 2 + 1, device=system.step.device, dtype=system.step.dtype)
-    radius = torch.full_like(node, math.exp(-damping / length))
-    omega = torch.polar(radius, (-2 * math.pi / length) * node).view(-1, 1, 1)
+    cauchy, scale = _cauchy(system, length, damping)
     ket, bra = _pairs(system.low_rank), _pairs(conjugate(system.low_rank))
-    scale = (1 + omega) * (system.step / 2)
-    cauchy = 1 / ((1 - omega) - scale * _pairs(system.eigenvalues))
     gram = torch.einsum("drsn,jdn->jdrs", bra.unsqueeze(2) * ket.unsqueeze(1), cauchy) * scale.unsqueeze(-1)
     return _Nodes(cauchy, scale, gram, ket, bra)
 
