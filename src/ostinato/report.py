@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_COLOURS = ("#1f77b4", "#d1600b", "#2a8a3e", "#8e4bb5", "#b8860b", "#c2304a", "#0f8b8d", "#6b6b6b")
-_COLOURS_DARK = ("#6cb2eb", "#f59a4c", "#6fcf84", "#c792ea", "#e3c14f", "#f27a8f", "#56c7c9", "#b0b0b0")
+_COLOURS = ("#1f77b4", "#d1600b", "#2a8a3e", "#8e4bb5", "#0f8b8d", "#c2304a", "#b8860b", "#6b6b6b")
+_COLOURS_DARK = ("#6cb2eb", "#f59a4c", "#6fcf84", "#c792ea", "#56c7c9", "#f27a8f", "#e3c14f", "#b0b0b0")
 
 
 @dataclass
