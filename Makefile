@@ -66,7 +66,7 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.base
 	@echo "installing what the tests need"
-	@$(PIP) --editable ".[test,peers]"
+	@$(PIP) --editable ".[test,peers,docs]"
 	@$(PIP) --no-deps $(PEERS) || echo "some peer is not to be had: its comparison is skipped"
 	@touch $@
 

