@@ -24,7 +24,7 @@ from ostinato.ops.newton_scan import newton_scan
 class _ParaRNN(Mixer):
     cell: ClassVar[Cell]
     state_type: ClassVar[Any]
-    no_weight_decay = frozenset({"recurrent", "peephole"})
+    no_weight_decay = frozenset({"recurrent"})
 
     def __init__(
         self, d_model: int, expand: float = 1.0, iterations: int | None = None, max_recurrent: float = 0.5
@@ -95,6 +95,7 @@ class ParaLSTM(_ParaRNN):
     Source: ParaRNN (arXiv 2510.21450), section 3.
     """
 
+    no_weight_decay = frozenset({"recurrent", "peephole"})
     traits = Traits(
         engine="newton_scan",
         transition="data vector, gates see the state",
