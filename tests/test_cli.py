@@ -207,7 +207,10 @@ def test_papers_as_json() -> None:
     assert "no state 'done'" in refused("papers", "--state", "done")
 
 
-def test_reproduce_of_a_planned_system_says_so(tmp_path: Path) -> None:
+def test_reproduce_of_a_planned_system_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ostinato.papers import runner
+
+    monkeypatch.setattr(runner, "module_path", lambda which, folder=None: None)
     message = refused("reproduce", "41", "--out", tmp_path)
     assert "41 GLA is planned" in message and "gla" in message
     assert "no system '99'" in refused("reproduce", "99")
