@@ -79,7 +79,7 @@ def test_is_the_formula(route: str, decay: str, untied: bool, time: int, n: int)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("time", [63, 64, 65])
+@pytest.mark.parametrize("time", [31, 32, 33, 63, 64, 65])
 def test_around_the_default_chunk(decay: str, time: int) -> None:
     args = arguments(time, decay, sizes=(1, 1, 2, 2))
     with backend("parallel"):
@@ -183,14 +183,14 @@ def test_split_anywhere(decay: str) -> None:
 def test_near_parallel_keys_in_float32(beta: float, spread: float) -> None:
     """Where an inverse by a power series would lose everything: keys that are nearly one key, β = 2.
 
-    There the chunk's system has the condition number C², and its rounding is what is left: 3e-4 at C = 64.
+    There the chunk's system has the condition number C², and its rounding is what is left: 7e-5 at C = 32, 3e-4 at C = 64.
     """
     q, k, v, _, _, state, *_ = arguments(192, "none", sizes=(1, 2, 16, 8), dtype=torch.float32)
     k = F.normalize(torch.ones_like(k) + spread * torch.randn_like(k), dim=-1)
     args = [q, k, v, torch.full(k.shape[:3], beta), None, state]
     with backend("parallel"):
         found = with_gradients(ours, args)
-    assert_same(found, with_gradients(formula, [a if a is None else a.double() for a in args]), 1e-3)
+    assert_same(found, with_gradients(formula, [a if a is None else a.double() for a in args]), 3e-4)
 
 
 @pytest.mark.parametrize("decay", ("scalar", "vector"))

@@ -197,7 +197,7 @@ def delta_rule(
     read_keys: Float[Tensor, "batch steps heads key_dim"] | None = None,
     erase_keys: Float[Tensor, "batch steps heads key_dim"] | None = None,
     reset: Bool[Tensor, "batch time"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     validate: bool = False,
 ) -> tuple[Float[Tensor, "batch time heads value_dim"], Float[Tensor, "batch heads key_dim value_dim"]]:
     """All reads y_t = S_tᵀ q_t of a memory updated by n delta steps a token (formula at the head of this file).

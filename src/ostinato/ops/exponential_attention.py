@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ostinato.errors import ConfigurationError, DtypeError
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, own_precision
-from ostinato.ops.chunks import check_chunk_size
-from ostinato.ops.linear_attention import _parallel as linear_attention_in_chunks
+from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, chunk_states, cut, join, scaled
 from ostinato.ops.linear_attention import check_matrix_arguments, linear_attention_step
 from ostinato.ops.routes import Engine
 from ostinato.ops.scan import MAX_PLUS, associative_scan
@@ -119,12 +118,20 @@ def _parallel(
         before = before.masked_fill(reset.unsqueeze(-1), 0)
     decay = log_forget + before - maximum
     written = keys * torch.exp(log_input - maximum).unsqueeze(-1)
-    # The normaliser is one more column of the memory, whose values are all 1.
-    columns = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
-    memory = torch.cat([state.memory, state.normalizer.unsqueeze(-1)], dim=-1)
-    read, last = linear_attention_in_chunks(queries, written, columns, decay, memory, reset, chunk_size)
-    outputs = _normalized(read[..., :-1], read[..., -1], maximum, eps)
-    return outputs, ExponentialState(last[..., :-1], last[..., -1], maximum[:, -1])
+    time = queries.shape[1]
+    length = chunk_length(chunk_size, time)
+    left = chunk_decay(decay, reset, length, queries.dtype)
+    q, k, v = cut(queries, length), cut(written, length), cut(values, length)
+    kept, read = scaled(k, left.leaving), scaled(q, left.entering)
+    memories, memory = chunk_states(left.carried, kept.mT @ v, state.memory)
+    # The normaliser is a memory of values that are all 1.
+    sums = kept.sum(-2).unsqueeze(-1)
+    normalizers, normalizer = chunk_states(left.carried, sums, state.normalizer.unsqueeze(-1))
+    scores = left.scores(q, k)
+    numerator = join(scores @ v + read @ memories, time)
+    denominator = join(scores.sum(-1, keepdim=True) + read @ normalizers, time).squeeze(-1)
+    outputs = _normalized(numerator, denominator, maximum, eps)
+    return outputs, ExponentialState(memory, normalizer.squeeze(-1), maximum[:, -1])
 
 
 def exponential_attention(
@@ -136,7 +143,7 @@ def exponential_attention(
     state: ExponentialState | None = None,
     *,
     reset: Bool[Tensor, "batch time"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     eps: float = 1e-6,
     validate: bool = False,
 ) -> tuple[Float[Tensor, "batch time heads value_dim"], ExponentialState]:
