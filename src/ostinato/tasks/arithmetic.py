@@ -13,30 +13,18 @@ from typing import ClassVar
 import numpy as np
 
 from ostinato.tasks.base import Batch, GeneratedTask, as_batch, require
+from ostinato.tasks.languages import PrefixLanguage
 
 
 @dataclass
-class Parity(GeneratedTask):
+class Parity(PrefixLanguage):
     """Is the number of ones so far even or odd?
 
     Tokens: 0 begins and pads, 1 is a zero, 2 is a one; bits are uniform. The answer at a position is
-    1 + (number of 2s so far mod 2). With `dense` (the default) every position is scored, which states the same
-    problem and is easier to optimise; otherwise the last one only, as in the paper.
+    1 + (number of 2s so far mod 2).
     """
 
     name: ClassVar[str] = "parity"
-    metric: ClassVar[str] = "scaled_accuracy"
-
-    min_length: int = 3
-    """Bits of the shortest training sequence."""
-    max_length: int = 40
-    """Bits of the longest training sequence; lengths are uniform between the two."""
-    tested_lengths: tuple[int, ...] = (40, 64, 128, 256)
-    dense: bool = True
-
-    def __post_init__(self) -> None:
-        self.tested_lengths = tuple(self.tested_lengths)
-        require(1 <= self.min_length <= self.max_length, "parity needs 1 <= min_length <= max_length")
 
     @property
     def vocab_size(self) -> int:
@@ -48,27 +36,9 @@ class Parity(GeneratedTask):
         """1/2."""
         return 0.5
 
-    @property
-    def test_lengths(self) -> tuple[int, ...]:
-        """`tested_lengths`."""
-        return self.tested_lengths
-
-    def generate(self, rng: np.random.Generator, rows: int, length: int | None = None) -> Batch:
-        """Sequences of shape (rows, 1 + longest)."""
-        longest = length or self.max_length
-        lengths = rng.integers(self.min_length, self.max_length + 1, rows) if length is None else np.full(rows, length)
-        bits = rng.integers(0, 2, (rows, longest))
-        position = np.arange(1, longest + 1)
-        inside = position <= lengths[:, None]
-        scored = inside if self.dense else position == lengths[:, None]
-        inputs = np.where(inside, 1 + bits, 0)
-        targets = np.where(inside, 1 + bits.cumsum(1) % 2, 0)
-        start = np.zeros((rows, 1), dtype=np.int64)
-        return as_batch(
-            np.concatenate([start, inputs], 1),
-            np.concatenate([start, targets], 1),
-            np.concatenate([start.astype(bool), scored], 1),
-        )
+    def answers(self, word: np.ndarray) -> np.ndarray:
+        """The number of ones so far, mod 2."""
+        return word.cumsum(1) % 2
 
 
 @dataclass
@@ -154,3 +124,77 @@ class ModularArithmetic(GeneratedTask):
             term = np.where(times, term * next_number, sign * next_number) % self.modulus
             value[:, index] = (finished + term) % self.modulus
         return value
+
+
+@dataclass
+class ModularArithmeticBrackets(GeneratedTask):
+    """The value of an expression with brackets, such as `((3+(−1))−4)=`, modulo a number.
+
+    Tokens: 0 begins and pads, 1 `+`, 2 `−`, 3 `×`, 4 `=`, 5 … the digits 0 … modulus − 1, then `(` and `)`. An
+    expression of fewer than 5 tokens is d, −d, (d) or (−d); a longer one is (left op right), the length of `left`
+    uniform over what leaves `right` a token, the operator uniform over + and − (and × with `times`). The answer is
+    asked at `=`, which the length counts.
+
+    Source: Grazzi et al. 2024 (arXiv 2411.12537), after Delétang et al. 2022 (arXiv 2207.02098).
+    """
+
+    name: ClassVar[str] = "modular_arithmetic_brackets"
+    metric: ClassVar[str] = "scaled_accuracy"
+
+    modulus: int = 5
+    min_length: int = 3
+    max_length: int = 40
+    tested_lengths: tuple[int, ...] = (40, 100, 256)
+    times: bool = False
+
+    def __post_init__(self) -> None:
+        self.tested_lengths = tuple(self.tested_lengths)
+        require(self.modulus >= 2, f"modulus must be at least 2, got {self.modulus}")
+        require(
+            2 <= self.min_length <= self.max_length and min(self.tested_lengths, default=2) >= 2,
+            "modular_arithmetic_brackets needs 2 <= min_length <= max_length: a digit and '='",
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """7 + modulus."""
+        return 7 + self.modulus
+
+    @property
+    def chance(self) -> float:
+        """1 / modulus."""
+        return 1 / self.modulus
+
+    @property
+    def test_lengths(self) -> tuple[int, ...]:
+        """`tested_lengths`."""
+        return self.tested_lengths
+
+    def generate(self, rng: np.random.Generator, rows: int, length: int | None = None) -> Batch:
+        """Sequences of shape (rows, 1 + longest)."""
+        longest = length or self.max_length
+        lengths = rng.integers(self.min_length, self.max_length + 1, rows) if length is None else np.full(rows, length)
+        inputs = np.zeros((rows, 1 + longest), dtype=np.int64)
+        targets = np.zeros_like(inputs)
+        mask = np.zeros(inputs.shape, dtype=bool)
+        for row, size in enumerate(lengths.tolist()):
+            tokens, value = self._expression(rng.random(size), size - 1)
+            inputs[row, 1:size] = tokens
+            inputs[row, size] = 4
+            targets[row, size] = 5 + value % self.modulus
+            mask[row, size] = True
+        return as_batch(inputs, targets, mask)
+
+    def _expression(self, draws: np.ndarray, length: int) -> tuple[list[int], int]:
+        """The tokens and the value of an expression of `length` tokens, from at least so many numbers in [0, 1)."""
+        opened, closed = 5 + self.modulus, 6 + self.modulus
+        if length < 5:
+            digit = int(draws[0] * self.modulus)
+            forms = {1: [5 + digit], 2: [2, 5 + digit], 3: [opened, 5 + digit, closed]}
+            return forms.get(length, [opened, 2, 5 + digit, closed]), digit if length % 2 else -digit
+        size = 1 + int(draws[0] * (length - 4))
+        operator = 1 + int(draws[1] * (3 if self.times else 2))
+        left, a = self._expression(draws[2 : 2 + size], size)
+        right, b = self._expression(draws[2 + size :], length - size - 3)
+        value = {1: a + b, 2: a - b, 3: a * b % self.modulus}[operator]
+        return [opened, *left, operator, *right, closed], value

@@ -62,6 +62,9 @@ class WordProblem(GeneratedTask):
 
     Token 0 begins each sequence, element g is token g + 1. Every position but the first is scored. The metric is
     the share of sequences with all of y_1 … y_T right.
+
+    Three variants, of the same paper, can be combined: words of swaps, rests between the elements, and tokens to
+    think in.
     """
 
     name: ClassVar[str] = "word_problem"
@@ -71,11 +74,23 @@ class WordProblem(GeneratedTask):
     length: int = 32
     """Elements in a training sequence."""
     tested_lengths: tuple[int, ...] = (32, 64, 128)
+    letters: str = "all"
+    """"all" elements, or "swaps": those of a symmetric group that exchange two things, and the identity."""
+    every: int = 1
+    """Only the first of each `every` elements is drawn, the others are the identity; the answer at t is then the
+    product up to t − (every − 1)."""
+    thinking: int = 0
+    """Tokens `order + 1` after each element; its answer is asked at the last of them."""
 
     def __post_init__(self) -> None:
         self.tested_lengths = tuple(self.tested_lengths)
         require(self.length >= 1, f"length must be positive, got {self.length}")
         require(len(group_table(self.group)) >= 2, f"the group {self.group} has one element: nothing to learn")
+        require(self.letters in ("all", "swaps"), f"letters is 'all' or 'swaps', got {self.letters!r}")
+        swaps_make_sense = self.letters == "all" or re.fullmatch(r"S[2-6]", self.group) is not None
+        require(swaps_make_sense, f"swaps are elements of S2 … S6, not of {self.group}")
+        require(self.every >= 1, f"every must be positive, got {self.every}")
+        require(self.thinking >= 0, f"thinking must not be negative, got {self.thinking}")
 
     @property
     def order(self) -> int:
@@ -84,8 +99,8 @@ class WordProblem(GeneratedTask):
 
     @property
     def vocab_size(self) -> int:
-        """order + 1."""
-        return self.order + 1
+        """order + 1, and one more if there are tokens to think in."""
+        return self.order + 1 + (self.thinking > 0)
 
     @property
     def chance(self) -> float:
@@ -97,18 +112,32 @@ class WordProblem(GeneratedTask):
         """`tested_lengths`."""
         return self.tested_lengths
 
+    def alphabet(self) -> np.ndarray:
+        """The elements that words are drawn from."""
+        if self.letters == "all":
+            return np.arange(self.order)
+        elements = permutations(range(int(self.group[1:])))
+        return np.array([g for g, p in enumerate(elements) if sum(i != a for i, a in enumerate(p)) in (0, 2)])
+
     def generate(self, rng: np.random.Generator, rows: int, length: int | None = None) -> Batch:
-        """Sequences of shape (rows, 1 + length)."""
+        """Sequences of shape (rows, 1 + length · (1 + thinking))."""
         length = length or self.length
-        table = group_table(self.group)
-        word = rng.integers(0, len(table), (rows, length))
-        inputs = np.zeros((rows, 1 + length), dtype=np.int64)
-        targets = np.zeros_like(inputs)
-        inputs[:, 1:] = word + 1
+        table, letters = group_table(self.group), self.alphabet()
+        word = letters[rng.integers(0, len(letters), (rows, length))]
+        word[:, np.arange(length) % self.every > 0] = 0
+        answers = np.zeros_like(word)
         product = np.zeros(rows, dtype=np.int64)
         for t in range(length):
-            product = table[product, word[:, t]]
-            targets[:, 1 + t] = product + 1
-        mask = np.ones(inputs.shape, dtype=bool)
-        mask[:, 0] = False
+            late = t - (self.every - 1)
+            if late >= 0:
+                product = table[product, word[:, late]]
+            answers[:, t] = product
+        width = 1 + self.thinking
+        inputs = np.zeros((rows, 1 + length * width), dtype=np.int64)
+        targets = np.zeros_like(inputs)
+        mask = np.zeros(inputs.shape, dtype=bool)
+        inputs[:, 1:] = self.order + 1
+        inputs[:, 1::width] = word + 1
+        targets[:, width::width] = answers + 1
+        mask[:, width::width] = True
         return as_batch(inputs, targets, mask)

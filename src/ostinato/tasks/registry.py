@@ -12,8 +12,11 @@ from ostinato.tasks.base import Task
 # name -> "module:class", imported when first asked for.
 _BUILT_IN = {
     "copying": "copying:Copying",
+    "cycle_navigation": "languages:CycleNavigation",
+    "even_pairs": "languages:EvenPairs",
     "induction": "recall:Induction",
     "modular_arithmetic": "arithmetic:ModularArithmetic",
+    "modular_arithmetic_brackets": "arithmetic:ModularArithmeticBrackets",
     "mqar": "recall:MultiQueryRecall",
     "parity": "arithmetic:Parity",
     "selective_copying": "copying:SelectiveCopying",
