@@ -183,7 +183,7 @@ def test_split_anywhere(decay: str) -> None:
 def test_near_parallel_keys_in_float32(beta: float, spread: float) -> None:
     """Where an inverse by a power series would lose everything: keys that are nearly one key, β = 2.
 
-    There the chunk's system has the condition number C², and its rounding is what is left: 7e-5 at C = 32, 3e-4 at C = 64.
+    There the condition number of a chunk is C², and its rounding is what is left: 7e-5 at C = 32, 3e-4 at C = 64.
     """
     q, k, v, _, _, state, *_ = arguments(192, "none", sizes=(1, 2, 16, 8), dtype=torch.float32)
     k = F.normalize(torch.ones_like(k) + spread * torch.randn_like(k), dim=-1)
