@@ -56,7 +56,7 @@ def delta_states(
 
 
 def state_change(states: Float[Tensor, "layers time ..."], lag: int = 1) -> Float[Tensor, "layers times"]:
-    """max |S_{t+lag} − S_t| for every t: to 0 with lag 1 when the state comes to rest, with lag 2 when it alternates."""
+    """max |S_{t+lag} − S_t| for every t; goes to 0 when the state comes to rest (lag 1) or to alternate (lag 2)."""
     return (states[:, lag:] - states[:, :-lag]).flatten(2).abs().amax(-1)
 
 
@@ -145,7 +145,8 @@ def follow_words(
         words: elements.
 
     The transition at x is ρ(x)⁻¹, its factors in reverse order, so that the state is ρ(x_1 ∘ … ∘ x_t)⁻¹ s; the start
-    s is written by the start token, and chosen so that no two elements carry it to the same place. In the type of `keys`.
+    s is written by the start token, and chosen so that no two elements carry it to the same place. Computed in the
+    type of `keys`.
 
     Raises `ConfigurationError` for other betas than 0 and 2, or a representation that two elements share.
     """
