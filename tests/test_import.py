@@ -40,7 +40,8 @@ ALLOWED = {
     "theory": {*FOUNDATION, "layers", "ops"},
     "quantum": {*FOUNDATION, "layers", "ops"},
     "testing": {*FOUNDATION, "mixers", "ops"},
-    "papers": {*FOUNDATION, "analysis", "layers", "mixers", "models", "ops", "report", "tasks", "training"},
+    "papers": {*FOUNDATION, "analysis", "layers", "mixers", "models", "ops", "report", "tasks", "theory"}
+    | {"training"},
     "cli": {*FOUNDATION, "analysis", "layers", "mixers", "models", "ops", "papers", "report", "tasks", "testing"}
     | {"training"},
 }
