@@ -93,6 +93,9 @@ class DynamicsTrainer:
         self._strengths = torch.zeros(model.runs, window, dtype=reference.dtype, device=self.device)
         self.loss = torch.full((model.runs,), float("nan"), dtype=reference.dtype, device=self.device)
         self._graph: Any = None
+        self.best: dict[str, Tensor] | None = None
+        """The weights that `keep_best` kept."""
+        self.best_scores = torch.full((model.runs,), torch.inf)
 
     def _starts(self, block: int) -> Tensor:
         """Where the windows of a block of updates begin: (update, group, row)."""
@@ -172,10 +175,25 @@ class DynamicsTrainer:
         self._graph.replay()
         return None
 
+    def keep_best(self, scores: Float[Tensor, " runs"]) -> None:
+        """Keep the weights of each run whose score is lower than ever before; NaN never is."""
+        now = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        if self.best is None:
+            self.best, self.best_scores = now, torch.where(scores.isnan(), torch.inf, scores)
+            return
+        better = scores < self.best_scores
+        self.best_scores = torch.where(better, scores, self.best_scores)
+        for name, value in now.items():
+            chosen = better.to(value.device).view(-1, *[1] * (value.ndim - 1))
+            self.best[name] = torch.where(chosen, value, self.best[name])
+
     def snapshot(self) -> dict[str, Any]:
         """Weights, optimiser, α and step, as JSON values."""
         optimizer = self._optimizer.state_dict()["state"]
+        best = None if self.best is None else {name: packed(value) for name, value in self.best.items()}
         return {
+            "best": best,
+            "best_scores": self.best_scores.tolist(),
             "step": self.step,
             "alpha": self.forcing.alpha.tolist(),
             "skipped": self.skipped.tolist(),
@@ -187,6 +205,9 @@ class DynamicsTrainer:
         """Go on from a snapshot."""
         self.step = kept["step"]
         self.forcing.alpha = torch.tensor(kept["alpha"], dtype=torch.float64)
+        best = kept["best"]
+        self.best = best and {name: unpacked(value).to(self.device) for name, value in best.items()}
+        self.best_scores = torch.tensor(kept["best_scores"])
         self.skipped.copy_(torch.tensor(kept["skipped"]))
         with torch.no_grad():
             for name, value in self.model.state_dict().items():

@@ -28,7 +28,7 @@ from ostinato.models.dynamics import DynamicsModel
 Jacobians = Float[Tensor, "runs rows time latent latent"]
 
 
-def spectral_norm(matrices: Float[Tensor, "... m m"]) -> Float[Tensor, "..."]:
+def spectral_norm(matrices: Float[Tensor, "... m m"]) -> Float[Tensor, ...]:
     """‖J‖₂ of each matrix, from the largest eigenvalue of JᵀJ (quicker than singular values for many small ones)."""
     return torch.linalg.eigvalsh(matrices.mT @ matrices)[..., -1].clamp_min(0).sqrt()
 
@@ -96,6 +96,24 @@ def estimate_alpha(
         states = model.infer(windows)
         norm = measure(model.jacobian(states.flatten(1, 2)).unflatten(1, states.shape[1:3]))
     return (1 - 1 / norm.clamp_min(1e-30)).clamp_min(0)
+
+
+def chain_growth(jacobians: Float[Tensor, "time latent latent"], alpha: float = 0.0) -> Float[Tensor, " time"]:
+    """log ‖Π_{k ≤ t} (1 − α) J_k‖₂ for t = 1 … T: how a gradient may grow back through t steps.
+
+    At most 0 for every t where α ≥ 1 − 1/max‖J_k‖₂. −∞ where the product vanishes. In the type of the Jacobians.
+
+    Source: GTF (arXiv 2306.04406), theorem on bounded gradients.
+    """
+    product = torch.eye(jacobians.shape[-1], dtype=jacobians.dtype, device=jacobians.device)
+    logs, scale = [], torch.zeros((), dtype=jacobians.dtype, device=jacobians.device)
+    for jacobian in (1 - alpha) * jacobians:
+        product = jacobian @ product
+        norm = torch.linalg.matrix_norm(product, 2)
+        scale = scale + norm.log()
+        logs.append(scale)
+        product = product / norm.clamp_min(1e-300)
+    return torch.stack(logs)
 
 
 class TeacherForcing:
@@ -216,7 +234,8 @@ def check_windows(model: DynamicsModel, windows: Tensor, strengths: Tensor) -> N
     runs, time = model.runs, windows.shape[1] - 1
     if windows.ndim != 4 or windows.shape[0] != runs or time < 1 or windows.shape[3] != model.observed:
         raise ShapeError(
-            f"windows must be ({runs} runs, at least 2 points, rows, {model.observed} observed), got {tuple(windows.shape)}"
+            f"windows must be ({runs} runs, at least 2 points, rows, {model.observed} observed), "
+            f"got {tuple(windows.shape)}"
         )
     if tuple(strengths.shape) != (runs, time):
         raise ShapeError(f"strengths must be ({runs} runs, {time} scored steps), got {tuple(strengths.shape)}")

@@ -91,7 +91,7 @@ class PiecewiseLinear(Cell):
         """The weights that training leaves alone."""
         return ()
 
-    def norm_bound(self, weights: Weights) -> Float[Tensor, "..."]:
+    def norm_bound(self, weights: Weights) -> Float[Tensor, ...]:
         """max|A_i| + ‖W‖₂ ≥ ‖J‖₂ in every region, of each run."""
         return _largest(weights[0]) + torch.linalg.matrix_norm(weights[1], 2)
 
@@ -288,7 +288,7 @@ class ShallowPLRNN(PiecewiseLinear):
         jacobian = (slope @ pairs).unflatten(-1, (latent, latent)) + torch.diag_embed(diagonal)
         return jacobian, bias + (opened * hidden_bias) @ outer.mT
 
-    def norm_bound(self, weights: Weights) -> Float[Tensor, "..."]:
+    def norm_bound(self, weights: Weights) -> Float[Tensor, ...]:
         """max|A_i| + ‖W1‖₂ ‖W2‖₂ ≥ ‖J‖₂ in every region, of each run."""
         diagonal, outer, inner = weights[:3]
         return _largest(diagonal) + torch.linalg.matrix_norm(outer, 2) * torch.linalg.matrix_norm(inner, 2)
