@@ -54,7 +54,7 @@ class NewtonReport(NamedTuple):
     """max |f(h_{t−1}, x_t) − h_t| over the largest state of the row, or over 1 if that is larger."""
     converged: bool
     peak: float
-    """The largest |h| of all iterates at which the residual was looked at."""
+    """The largest |h| of all iterates at which the residual was looked at, before they were clipped."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _solve(
     wanted, best = settings.tolerance, float("inf")
     while True:
         last = count == limit
-        if last and not settings.check:
+        if last and not settings.check and not until:
             break
         entering = _entering(states, initial, reset)
         if last or settings.method == "jacobi":
@@ -165,6 +165,7 @@ def _solve(
             change = _correction(cell, settings, _clear(jacobian, reset), gap, states, entering, initial)
         states = states + change if settings.step_size == 1 else states + settings.step_size * change
         if until and not bool(change.abs().amax() < _CEILING):
+            peak = torch.maximum(peak, states.abs().nan_to_num(torch.inf).amax(axes))
             states = states.nan_to_num(0.0, _CEILING, -_CEILING).clamp(-_CEILING, _CEILING)
         count += 1
     if settings.check:
@@ -284,7 +285,8 @@ def newton_scan(
         step_size: ω, what part of each correction is taken; 1 is Newton, below 1 is damped.
         damping: λ of the ELK methods.
         guess: the first iterate: "one_step", f(0, x_t), or "zeros".
-        check: look at the final residual. False saves one evaluation of the step and trusts `iterations`.
+        check: look at the final residual. False saves one evaluation of the step and trusts `iterations`; without
+            a number of iterations it returns states that did not converge, and the report says so.
         return_report: return a `NewtonReport` as well.
 
     Returns:
@@ -313,8 +315,8 @@ def newton_scan(
         raise ConfigurationError(f"step_size must lie in (0, 1], got {step_size}")
     if damping <= 0:
         raise ConfigurationError(f"damping must be positive, got {damping}; without damping use method='newton'")
-    if not check and iterations is None:
-        raise ConfigurationError("check=False needs a fixed number of iterations")
+    if not check and iterations is None and not return_report:
+        raise ConfigurationError("check=False needs a fixed number of iterations, or return_report=True")
     if getattr(cell, "gradient_clip", None) is not None:
         raise ConfigurationError("newton_scan computes derivatives; a cell with gradient_clip needs recurrent_scan")
     weights, inputs, state, dtype = prepare(cell, weights, inputs, state, reset, validate)
@@ -339,4 +341,5 @@ def newton_scan(
     if found is None:
         return outputs, last, NewtonReport(0, 0.0, True, float(outputs.detach().abs().max()))
     count, residual, peak, _ = found.detach().amax(0).tolist()
-    return outputs, last, NewtonReport(int(count), residual, check and bool(found[:, 3].all()), peak)
+    looked = check or iterations is None
+    return outputs, last, NewtonReport(int(count), residual, looked and bool(found[:, 3].all()), peak)
