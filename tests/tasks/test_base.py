@@ -21,9 +21,13 @@ def _same(left: Batch, right: Batch) -> bool:
 def test_batches_are_well_formed(name: str) -> None:
     built = task(name)
     for batch in (built.train_batch(0, 4, seed=0), next(iter(built.test_batches()))):
-        assert batch.inputs.shape == batch.targets.shape == batch.mask.shape
-        assert batch.inputs.dtype == batch.targets.dtype == torch.long and batch.mask.dtype == torch.bool
-        assert batch.inputs.min() >= 0 and batch.inputs.max() < built.vocab_size
+        assert batch.inputs.shape[:2] == batch.targets.shape == batch.mask.shape
+        assert batch.targets.dtype == torch.long and batch.mask.dtype == torch.bool
+        if built.reads_vectors:
+            assert batch.inputs.shape[2] == built.vocab_size and batch.inputs.isfinite().all()
+        else:
+            assert batch.inputs.shape == batch.mask.shape and batch.inputs.dtype == torch.long
+            assert batch.inputs.min() >= 0 and batch.inputs.max() < built.vocab_size
         assert batch.targets[batch.mask].max() < built.num_classes
         assert batch.mask.any(1).all()
 
@@ -64,7 +68,7 @@ def test_test_set_is_fixed_by_its_seed(name: str) -> None:
 def test_the_right_answers_score_one(name: str) -> None:
     built = task(name)
     batch = built.train_batch(0, 8, seed=0)
-    logits = 50.0 * functional.one_hot(batch.targets, built.vocab_size).float()
+    logits = 50.0 * functional.one_hot(batch.targets, built.num_classes).float()
     for measure, (total, count) in built.score(logits, batch).items():
         assert total / count == pytest.approx(0 if measure == "loss" else 1, abs=1e-6)
 
@@ -106,6 +110,11 @@ def test_rows_and_steps() -> None:
     batch = task("parity", max_length=7).train_batch(0, 6, seed=0)
     assert batch.rows(2, 4).inputs.tolist() == batch.inputs[2:4].tolist()
     assert batch.steps(1, 3).targets.tolist() == batch.targets[:, 1:3].tolist()
+    walk = task("selectivbench").train_batch(0, 4, seed=0)
+    assert walk.begins is not None
+    part = walk.rows(1, 3).steps(2, 7)
+    assert part.begins is not None and torch.equal(part.begins, walk.begins[1:3, 2:7])
+    assert part.inputs.shape == (2, 5, 9)
 
 
 def test_unknown_names() -> None:

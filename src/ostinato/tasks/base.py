@@ -33,8 +33,8 @@ _TRAIN, _TEST = 0, 1
 class Batch(NamedTuple):
     """What a model reads, and what it is asked."""
 
-    inputs: Int[Tensor, "batch time"]
-    """Token ids."""
+    inputs: Int[Tensor, "batch time"] | Float[Tensor, "batch time features"]
+    """Token ids; vectors in a task that `reads_vectors`."""
     targets: Int[Tensor, "batch time"]
     """The token to be predicted at each position (anything where `mask` is False)."""
     mask: Bool[Tensor, "batch time"]
@@ -43,6 +43,8 @@ class Batch(NamedTuple):
     """True at the first step of a new sequence; None when no sequence begins in this batch."""
     split: str = ""
     """Test batches may belong to a part of the test set that is also reported alone: "length 256"."""
+    begins: Bool[Tensor, "batch time"] | None = None
+    """True at the first step of an element, where one element is scored over several steps; None otherwise."""
 
     def to(self, device: Any) -> Batch:
         """The same batch on another device."""
@@ -58,7 +60,8 @@ class Batch(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         reset = None if self.reset is None else change(self.reset)
-        return Batch(change(self.inputs), change(self.targets), change(self.mask), reset, self.split)
+        begins = None if self.begins is None else change(self.begins)
+        return Batch(change(self.inputs), change(self.targets), change(self.mask), reset, self.split, begins)
 
 
 @dataclass
@@ -75,6 +78,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     carries_state: ClassVar[bool] = False
     """Whether each batch goes on where the one before it ended, row by row."""
+    reads_vectors: ClassVar[bool] = False
+    """Whether inputs are vectors, `vocab_size` wide, instead of token ids."""
 
     @property
     @abstractmethod
