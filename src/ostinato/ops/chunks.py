@@ -28,7 +28,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ostinato.errors import ConfigurationError
-from ostinato.ops.scan import DIAGONAL, Affine
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -324,79 +323,155 @@ def scaled(tensor: Tensor, factor: Tensor | None, micro: int = 1) -> Tensor:
 # From chunk to chunk.
 
 
-def _apply_matrix(a: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
-    if b is None:
-        return a @ h
-    return torch.baddbmm(b.flatten(0, 1), a.flatten(0, 1), h.flatten(0, 1)).view(b.shape)
-
-
-MATRIX = Affine(
-    "matrix",
-    apply=_apply_matrix,
-    multiply=lambda a, b: a @ b,
-    adjoint=lambda a: a.mT,
-    outer=lambda u, w: u @ w.mT,
-)
-"""A is a matrix, h a matrix whose columns it multiplies: A (batch, heads, d, d), h (batch, heads, d, e)."""
-
-
 class _ChunkStates(torch.autograd.Function):
-    """S_{n+1} = A_n S_n + B_n over chunks, with S_0 among the results: (chunks + 1, …).
+    """S_{n+1} = c_n ⊙ S_n + B_n over chunks, with S_0 among the results: (chunks + 1, …).
 
     Few long steps with a large state: a loop is the best scan. Its derivative is the adjoint loop,
-    μ_n = g_n + A_nᵀ μ_{n+1}: this function again, run backwards.
+    μ_n = g_n + c_n ⊙ μ_{n+1}: this function again, run backwards.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(structure: Affine, reverse: bool, transition: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
+    def forward(reverse: bool, carried: Tensor, written: Tensor, initial: Tensor) -> Tensor:
         states = [initial]
-        count = inputs.shape[0]
+        count = written.shape[0]
         for n in range(count - 1, -1, -1) if reverse else range(count):
-            states.append(structure.apply(transition[n], states[-1], inputs[n]))
+            states.append(torch.addcmul(written[n], carried[n], states[-1]))
         if reverse:
             states.reverse()
         return torch.stack(states)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.structure, ctx.reverse, transition, _, _ = inputs
-        ctx.save_for_backward(transition, output)
+        ctx.reverse, carried, _, _ = inputs
+        ctx.save_for_backward(carried, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        structure, reverse = ctx.structure, ctx.reverse
-        transition, states = ctx.saved_tensors
-        outside, last = (grad[1:], grad[0]) if reverse else (grad[:-1], grad[-1])
-        mu = _ChunkStates.apply(structure, not reverse, structure.adjoint(transition), outside, last)
-        grad_inputs, grad_initial = (mu[:-1], mu[-1]) if reverse else (mu[1:], mu[0])
-        grad_transition = None
-        if ctx.needs_input_grad[2]:
-            entering = states[1:] if reverse else states[:-1]
-            grad_transition = structure.outer(grad_inputs, entering)
-            if structure is DIAGONAL:
-                axes = [a for a in (-1, -2) if transition.shape[a] == 1 and grad_transition.shape[a] > 1]
-                grad_transition = grad_transition.sum(axes, keepdim=True) if axes else grad_transition
-        return None, None, grad_transition, grad_inputs, grad_initial
+        carried, states = ctx.saved_tensors
+        outside, last = (grad[1:], grad[0]) if ctx.reverse else (grad[:-1], grad[-1])
+        mu = _ChunkStates.apply(not ctx.reverse, carried, outside, last)
+        grad_written, grad_initial = (mu[:-1], mu[-1]) if ctx.reverse else (mu[1:], mu[0])
+        grad_carried = None
+        if ctx.needs_input_grad[1]:
+            grad_carried = _sum_to(grad_written * (states[1:] if ctx.reverse else states[:-1]), carried)
+        return None, grad_carried, grad_written, grad_initial
+
+
+def _sum_to(grad: Tensor, factor: Tensor) -> Tensor:
+    """Sum over the axes along which `factor` was broadcast."""
+    axes = [axis for axis, size in enumerate(factor.shape) if size == 1 and grad.shape[axis] > 1]
+    return grad.sum(axes, keepdim=True) if axes else grad
 
 
 def chunk_states(
-    transition: Float[Tensor, "chunks batch #heads #key_dim 1"]
-    | Float[Tensor, "chunks batch heads key_dim key_dim"]
-    | None,
+    carried: Float[Tensor, "chunks batch #heads #key_dim 1"] | None,
     written: Float[Tensor, "chunks batch heads key_dim value_dim"],
     initial: Float[Tensor, "batch heads key_dim value_dim"],
-    *,
-    structure: Affine = DIAGONAL,
 ) -> tuple[Float[Tensor, "chunks batch heads key_dim value_dim"], Float[Tensor, "batch heads key_dim value_dim"]]:
-    """The state that enters each chunk, and the last one, of S_{n+1} = A_n S_n + written_n.
+    """The state that enters each chunk, and the last one, of S_{n+1} = carried_n ⊙ S_n + written_n.
 
-    `transition` None is the identity; `structure` is `DIAGONAL` (broadcast against S) or `MATRIX`.
-    Differentiable to any order.
+    `carried` None is 1. Differentiable to any order.
     """
-    if transition is None:
+    if carried is None:
         states = torch.cat([initial.unsqueeze(0), written]).cumsum(0)
     else:
-        states = _ChunkStates.apply(structure, False, transition, written, initial)
+        states = _ChunkStates.apply(False, carried, written, initial)
     return states[:-1], states[-1]
+
+
+class _CorrectedStates(torch.autograd.Function):
+    """y_n = U_n + P_n S_n,  S_{n+1} = c_n ⊙ S_n + L_nᵀ y_n + B_n over chunks: all y, and all S with S_0.
+
+    The transition c − LᵀP is never formed: two thin products a chunk cost less. With μ the gradient of S and ν
+    that of y,
+        ν_n = g_n + L_n μ_{n+1},   μ_n = c_n ⊙ μ_{n+1} + P_nᵀ ν_n + h_n,
+    is this function again, run backwards, with L and P in each other's place.
+    Batch and heads are one axis: P and L (chunks, m, steps, key_dim), U and y (chunks, m, steps, value_dim).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        reverse: bool,
+        carried: Tensor | None,
+        read: Tensor,
+        fresh: Tensor,
+        write: Tensor,
+        added: Tensor | None,
+        initial: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        count = read.shape[0]
+        values, states = [], [initial]
+        for n in range(count - 1, -1, -1) if reverse else range(count):
+            values.append(torch.baddbmm(fresh[n], read[n], states[-1]))
+            kept = states[-1] if carried is None else states[-1] * carried[n]
+            states.append(torch.baddbmm(kept if added is None else kept + added[n], write[n].mT, values[-1]))
+        if reverse:
+            values.reverse()
+            states.reverse()
+        return torch.stack(values), torch.stack(states)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.reverse, carried, read, _, write, added, _ = inputs
+        ctx.adds = added is not None
+        ctx.save_for_backward(carried, read, write, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_states: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        carried, read, write, values, states = ctx.saved_tensors
+        # What entered a chunk and what left it, among the states; and the same among their gradients.
+        entered, left = (slice(1, None), slice(None, -1)) if ctx.reverse else (slice(None, -1), slice(1, None))
+        last = 0 if ctx.reverse else -1
+        nu, mu = _CorrectedStates.apply(
+            not ctx.reverse, carried, write, grad, read, grad_states[entered], grad_states[last]
+        )
+        grad_carried = None
+        if ctx.needs_input_grad[1]:
+            grad_carried = _sum_to(mu[left] * states[entered], carried)
+        return (
+            None,
+            grad_carried,
+            nu @ states[entered].mT,
+            nu,
+            values @ mu[left].mT,
+            mu[left] if ctx.adds else None,
+            mu[-1 if ctx.reverse else 0],
+        )
+
+
+def corrected_states(
+    carried: Float[Tensor, "chunks batch #heads #key_dim 1"] | None,
+    read: Float[Tensor, "chunks batch heads steps key_dim"],
+    fresh: Float[Tensor, "chunks batch heads steps value_dim"],
+    write: Float[Tensor, "chunks batch heads steps key_dim"],
+    added: Float[Tensor, "chunks batch heads key_dim value_dim"] | None,
+    initial: Float[Tensor, "batch heads key_dim value_dim"],
+) -> tuple[
+    Float[Tensor, "chunks batch heads steps value_dim"],
+    Float[Tensor, "chunks batch heads key_dim value_dim"],
+    Float[Tensor, "batch heads key_dim value_dim"],
+]:
+    """States whose chunks look at them before they write: y_n = fresh_n + read_n S_n,
+    S_{n+1} = carried_n ⊙ S_n + write_nᵀ y_n + added_n.
+
+    Returns y, the state that enters each chunk, and the last one. `carried` None is 1, `added` None is 0.
+    Differentiable to any order.
+    """
+    heads = initial.shape[:2]
+    if carried is not None:
+        carried = carried.expand(-1, *heads, -1, -1).flatten(1, 2)
+    values, states = _CorrectedStates.apply(
+        False,
+        carried,
+        read.flatten(1, 2),
+        fresh.flatten(1, 2),
+        write.flatten(1, 2),
+        None if added is None else added.flatten(1, 2),
+        initial.flatten(0, 1),
+    )
+    states = states.unflatten(1, heads)
+    return values.unflatten(1, heads), states[:-1], states[-1]

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, own_precision
 from ostinato.ops.chunks import (
-    MATRIX,
     ChunkDecay,
     check_chunk_size,
     chunk_decay,
     chunk_length,
-    chunk_states,
+    corrected_states,
     cut,
     join,
     scaled,
@@ -132,14 +131,14 @@ def _replace(
 
     With A_ij = β_i Σ_c k_ic k_jc exp(G_ic − G_jc), j < i, the u of a chunk solve (I + A) u = βv − β(k e^G) S, so
     they are u = U − W S with (I + A) [U, W] = [βv, β k e^G], and the state at the chunk's end is
-    (e^{G_C} − k̂ᵀ W) S + k̂ᵀ U, with k̂ = k e^{G_C − G}: the only step that goes from chunk to chunk.
+    e^{G_C} S + k̂ᵀ u, with k̂ = k e^{G_C − G}: the only step that goes from chunk to chunk.
     """
     inverse = _unit_inverse(scaled(decay.scores(k, k, strict=True), rate))
-    reading = scaled(scaled(k, decay.entering, micro), rate)
-    fresh, seen = inverse @ weighted, inverse @ reading
-    left = scaled(k, decay.leaving, micro).mT
-    entering, last = _states(decay, left @ seen, left @ fresh, state)
-    written = fresh - seen @ entering
+    reading = scaled(k, decay.entering, micro)
+    reading = -reading if rate is None else reading * -rate
+    written, entering, last = corrected_states(
+        decay.carried, inverse @ reading, inverse @ weighted, scaled(k, decay.leaving, micro), None, state
+    )
     return decay.scores(q, k) @ written + scaled(q, decay.entering) @ entering, last
 
 
@@ -158,16 +157,19 @@ def _erase_and_write(
 
     With A = β scores(r, e) and B = β scores(r, k), both strictly lower, the z of a chunk solve
     (I + A) z = β(r e^G) S + B βv, so z = Z + W S; the state at the chunk's end is
-    (e^{G_C} − êᵀ W) S + k̂ᵀ βv − êᵀ Z.
+    e^{G_C} S + k̂ᵀ βv − êᵀ z.
     """
     inverse = _unit_inverse(scaled(decay.scores(read, erase, strict=True), rate))
     stored = scaled(decay.scores(read, k, strict=True), rate) @ weighted
     reading = scaled(scaled(read, decay.entering, micro), rate)
-    fresh, seen = inverse @ stored, inverse @ reading
-    left = scaled(erase, decay.leaving, micro).mT
-    written = scaled(k, decay.leaving, micro).mT @ weighted
-    entering, last = _states(decay, left @ seen, written - left @ fresh, state)
-    removed = fresh + seen @ entering
+    removed, entering, last = corrected_states(
+        decay.carried,
+        inverse @ reading,
+        inverse @ stored,
+        -scaled(erase, decay.leaving, micro),
+        scaled(k, decay.leaving, micro).mT @ weighted,
+        state,
+    )
     outputs = decay.scores(q, k) @ weighted - decay.scores(q, erase) @ removed
     return outputs + scaled(q, decay.entering) @ entering, last
 
@@ -176,14 +178,6 @@ def _unit_inverse(lower: Tensor) -> Tensor:
     """(I + L)⁻¹ for strictly lower triangular L, by substitution: accurate however parallel the keys are."""
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand(lower.shape)
     return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
-
-
-def _states(decay: ChunkDecay, removed: Tensor, written: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The states entering the chunks, for S_{n+1} = (e^{G_C} − removed) S_n + written."""
-    kept = torch.eye(removed.shape[-1], dtype=removed.dtype, device=removed.device)
-    if decay.carried is not None:
-        kept = kept * decay.carried
-    return chunk_states(kept - removed, written, state, structure=MATRIX)
 
 
 def delta_rule(
