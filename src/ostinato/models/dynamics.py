@@ -51,6 +51,12 @@ class DynamicsModel(nn.Module):
         external: int = 0,
     ) -> None:
         super().__init__()
+        self.diagonal: Tensor
+        self.matrix: Tensor
+        self.slopes: Tensor
+        self.readout: Tensor
+        self.start: Tensor
+        self.drive: Tensor
         if observation not in ("identity", "affine"):
             raise ConfigurationError(f"observation must be 'identity' or 'affine', got {observation!r}")
         if not 1 <= observed <= latent and observation == "identity":

@@ -236,7 +236,7 @@ def _hand_made(longest: int) -> dict[str, Any]:
     two = sorted(cycle.points.flatten().tolist() for cycle in found if cycle.period == 2)[0]
     # left 0.5, right −3.6: a stable cycle of three, eigenvalue −0.9, and a virtual fixed point at 2
     cell, stable = _map(0.5, -3.6)
-    three = [cycle for cycle in enumerate_cycles(cell, stable, both, 3) if cycle.period == 3]
+    three = [cycle for cycle in enumerate_cycles(cell, stable, both, 3) if cycle.period == 3 and cycle.stable]
     virtual = fixed_point(cell, stable, both[0])
     settled = _map(0.5, -0.5)
     golden = (1 + math.sqrt(5)) / 2
@@ -395,7 +395,7 @@ def _exact_verdicts(exact: dict[str, Any]) -> list[Measured]:
         and exact["searched"] == exact["counts"][:3]
         and max(*exact["errors"], exact["multipliers"]) < 1e-9
         and len(three) == 1
-        and three[0][0] == "stable"
+        and three[0][2]
         and abs(three[0][1] + 0.9) < 1e-9
         and virtual[0] is False
         and abs(virtual[2] - 2) < 1e-9

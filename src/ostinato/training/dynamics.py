@@ -81,7 +81,9 @@ class DynamicsTrainer:
         self._rate = torch.tensor(learning_rate[0], dtype=torch.float32, device=self.device)
         parameters = list(model.parameters())
         if optimizer == "adam":
-            self._optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=self._rate, fused=True)
+            self._optimizer: torch.optim.Optimizer = torch.optim.Adam(
+                parameters, lr=self._rate, fused=True, capturable=on_gpu
+            )
         else:
             self._optimizer = torch.optim.RAdam(parameters, lr=self._rate, foreach=True, capturable=on_gpu)
         self.skipped = torch.zeros(model.runs, dtype=torch.long, device=self.device)
@@ -133,7 +135,8 @@ class DynamicsTrainer:
         """
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.step)
         first, last = self.learning_rate
-        losses, block, starts = [], -1, torch.empty(0)
+        losses: list[Tensor] = []
+        block, starts = -1, torch.empty(0)
         for _ in range(min(updates, self.updates - self.step)):
             if self.step // _BLOCK != block:
                 block = self.step // _BLOCK

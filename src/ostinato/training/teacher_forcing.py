@@ -70,12 +70,15 @@ RULES: dict[str, Callable[[Jacobians], Tensor] | None] = {
 
 @torch.no_grad()
 def estimate_alpha(
-    model: DynamicsModel, windows: Float[Tensor, "runs rows time observed"], rule: str
-) -> Float[Tensor, " runs"]:
+    model: DynamicsModel,
+    windows: Float[Tensor, "runs rows time observed"],
+    rule: str,
+    chosen: Sequence[int] | None = None,
+) -> Float[Tensor, " chosen"]:
     """α = max(0, 1 − 1/n), n the norm that the rule finds of Jacobians at the states that data infer.
 
     Rules: "bound" (of the weights alone), "maximum", "product" (the default of adaptive forcing), "mean",
-    "log_mean".
+    "log_mean". `chosen` limits it to some runs.
 
     Raises:
         ConfigurationError: no such rule, or a model whose states data do not decide (only "bound" works then).
@@ -84,17 +87,19 @@ def estimate_alpha(
     """
     if rule not in RULES:
         raise ConfigurationError(f"there is no rule {rule!r} for α; choose one of {', '.join(RULES)}")
-    measure = RULES[rule]
+    rows = slice(None) if chosen is None else list(chosen)
+    measure, weights = RULES[rule], tuple(weight[rows] for weight in model.weights())
     if measure is None:
-        norm = model.cell.norm_bound(model.weights())
+        norm = model.cell.norm_bound(weights)
     else:
         if not model.infers_all:
             raise ConfigurationError(
                 f"the rule {rule!r} needs states that data decide, but {model.latent - model.observed} of the "
                 f"{model.latent} latents are free; use rule 'bound', or affine observation"
             )
-        states = model.infer(windows)
-        norm = measure(model.jacobian(states.flatten(1, 2)).unflatten(1, states.shape[1:3]))
+        states = model.infer(windows)[rows]
+        regions = model.cell.regions(weights, states.flatten(1, 2))
+        norm = measure(model.cell.affine(weights, regions)[0].unflatten(1, states.shape[1:3]))
     return (1 - 1 / norm.clamp_min(1e-30)).clamp_min(0)
 
 
@@ -209,11 +214,11 @@ class TeacherForcing:
         if batch % self.every or not any(self.rules):
             return False
         for rule in sorted({rule for rule in self.rules if rule is not None}):
-            estimate = estimate_alpha(model, windows, rule).to("cpu", torch.float64)
-            sunk = self.gamma * self.alpha + (1 - self.gamma) * estimate
-            moved = torch.where(estimate > self.alpha, estimate, sunk)
-            moving = torch.tensor([each == rule for each in self.rules]) & moved.isfinite()
-            self.alpha = torch.where(moving, moved, self.alpha)
+            moving = [run for run, each in enumerate(self.rules) if each == rule]
+            estimate = estimate_alpha(model, windows, rule, moving).to("cpu", torch.float64)
+            alpha = self.alpha[moving]
+            moved = torch.where(estimate > alpha, estimate, self.gamma * alpha + (1 - self.gamma) * estimate)
+            self.alpha[moving] = torch.where(moved.isfinite(), moved, alpha)
         return True
 
 
