@@ -72,3 +72,45 @@ def test_unknown_groups(name: str) -> None:
 def test_trivial_group() -> None:
     with pytest.raises(ConfigurationError, match="nothing to learn"):
         WordProblem(group="Z1")
+
+
+def test_words_of_swaps() -> None:
+    task = WordProblem(group="S5", letters="swaps", length=40)
+    elements = list(permutations(range(5)))
+    assert len(task.alphabet()) == 11  # ten swaps and the identity
+    drawn = set(task.train_batch(0, 32, seed=0).inputs[:, 1:].unique().tolist())
+    assert all(sum(i != a for i, a in enumerate(elements[token - 1])) in (0, 2) for token in drawn)
+    assert drawn == {letter + 1 for letter in task.alphabet()}
+
+
+def test_rests_between_the_elements() -> None:
+    table = group_table("S3")
+    batch = WordProblem(every=4, length=12).train_batch(0, 16, seed=0)
+    for tokens, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        product = 0
+        for t in range(12):
+            if t % 4:
+                assert tokens[1 + t] == 1
+            if t % 4 == 3:  # asked three tokens after the element
+                product = table[product, tokens[1 + t - 3] - 1]
+            assert targets[1 + t] == product + 1
+
+
+def test_tokens_to_think_in() -> None:
+    plain = WordProblem(length=5).train_batch(2, 8, seed=1)
+    task = WordProblem(length=5, thinking=2)
+    batch = task.train_batch(2, 8, seed=1)
+    assert task.vocab_size == 8 and batch.inputs.shape == (8, 16)
+    assert (batch.inputs[:, 1::3] == plain.inputs[:, 1:]).all() and (
+        batch.targets[:, 3::3] == plain.targets[:, 1:]
+    ).all()
+    assert (batch.inputs[:, 2::3] == 7).all() and (batch.inputs[:, 3::3] == 7).all()
+    assert batch.mask.sum(1).tolist() == [5] * 8 and batch.mask[:, 3::3].all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"letters": "none"}, {"group": "A4", "letters": "swaps"}, {"every": 0}, {"thinking": -1}]
+)
+def test_bad_variants(options: dict) -> None:
+    with pytest.raises(ConfigurationError):
+        WordProblem(**options)

@@ -109,7 +109,7 @@ def fit_together(
         each = torch.stack([task.loss(part, batch) for part, batch in zip(logits, batches, strict=True)])
         optimizer.zero_grad()
         each.sum().backward()
-        finite = _clip_each([parameter for parameter in stacked.values() if parameter.grad is not None], clip)
+        finite = _clip_each(list(stacked.values()), clip)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor(step)
         optimizer.step()
@@ -134,7 +134,7 @@ def _clip_each(parameters: Sequence[Tensor], clip: float) -> Tensor:
 
     Returns which members' gradients are finite, (members,).
     """
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
     finite = norms.isfinite()
     scale = (clip / (norms + 1e-6)).clamp(max=1) if clip else torch.ones_like(norms)
