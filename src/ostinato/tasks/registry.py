@@ -13,6 +13,7 @@ from ostinato.tasks.base import Task
 _BUILT_IN = {
     "copying": "copying:Copying",
     "cycle_navigation": "languages:CycleNavigation",
+    "delayed_cue": "delayed_cue:DelayedCue",
     "even_pairs": "languages:EvenPairs",
     "induction": "recall:Induction",
     "modular_arithmetic": "arithmetic:ModularArithmetic",

@@ -1,0 +1,365 @@
+"""S4: exact kernels, their cost, a cue long ago, and what the HiPPO matrix is for."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ostinato
+from ostinato.analysis.memory import memory_of_delays
+from ostinato.mixers.s4 import S4
+from ostinato.models.vector_classifier import VectorClassifier
+from ostinato.ops.hippo import diagonal_plus_low_rank, discretize, hippo_matrix
+from ostinato.ops.krylov import krylov_kernel
+from ostinato.ops.state_space import (
+    DplrSystem,
+    dplr_corrected,
+    dplr_growth,
+    dplr_kernel,
+    dplr_multiply,
+    dplr_solve,
+    to_complex,
+    to_real,
+)
+from ostinato.papers.runner import Claim, Measured, Run
+from ostinato.report import Series
+from ostinato.tasks.base import Batch
+from ostinato.timing import peak_bytes, time_together
+from ostinato.training.parameters import parameter_groups
+from ostinato.training.schedules import warmup_cosine
+
+claims = (
+    Claim("kernel", "the generating function gives the kernel of the powers of Ā", theirs="exact"),
+    Claim("recurrence", "recurrence and convolution compute the same, also from a carried state", theirs="exact"),
+    Claim("cost", "the kernel costs O(N + L), not O(N² L)", theirs="6.7× faster at N = 256 (a training step)"),
+    Claim("cue", "S4 carries a cue over 1000 steps, an LSTM does not", theirs="every model before it fails Path-X"),
+    Claim("hippo", "the HiPPO matrix learns sooner than a random one", theirs="over 15 points on sCIFAR"),
+    Claim("delay", "the HiPPO state remembers its input, a random stable state does not", theirs="98 % against 60 %"),
+)
+
+_ARMS = ("S4, LegS", "S4, random diagonal", "LSTM")
+_SOLVED = 0.95
+
+
+def experiment(run: Run) -> list[Measured]:
+    """Exactness, cost, the delayed cue in three arms, the delay probe."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = run.choose(smoke=(16, 64), cpu=(16, 32, 64), gpu=(16, 32, 64))
+    lengths = run.choose(smoke=(64, 256), cpu=(64, 256, 1024), gpu=(64, 256, 1024))
+    exact = {
+        str(dtype).removeprefix("torch."): run.part(f"exactness {dtype}", _exactness, sizes, lengths, dtype)
+        for dtype in (torch.float64, torch.float32)
+    }
+    states = run.choose(smoke=(16, 32), cpu=(32, 64, 128, 256), gpu=(32, 64, 128, 256))
+    length = run.choose(smoke=128, cpu=1024, gpu=1024)
+    cost = run.part("cost", _cost, states, 32, length, device)
+    run.figure(
+        f"Kernel of {length} steps, 32 features, {device}",
+        [Series(name, list(states), [cost[name][str(size)]["seconds"] for size in states]) for name in cost],
+        x_label="state size N",
+        y_label="seconds",
+        log_x=True,
+        log_y=True,
+    )
+    setting = run.choose(
+        smoke={"length": 64, "window": 16, "steps": 4, "batch": 4, "every": 2, "tested": 32},
+        cpu={"length": 512, "window": 64, "steps": 300, "batch": 16, "every": 25, "tested": 128},
+        gpu={"length": 1024, "window": 64, "steps": 1500, "batch": 32, "every": 50, "tested": 512},
+    )
+    seeds = range(run.seed, run.seed + run.choose(smoke=1, cpu=3, gpu=3))
+    curves: dict[str, list[list[float]]] = {}
+    for arm in _ARMS:
+        curves[arm] = [run.part(f"cue {arm} seed {seed}", _train, arm, setting, seed, device) for seed in seeds]
+    moments = [setting["every"] * (index + 1) for index in range(setting["steps"] // setting["every"])]
+    run.figure(
+        f"Cue of {setting['length']} steps ago: mean accuracy of {len(seeds)} seeds",
+        [Series(arm, moments, [statistics.mean(at) for at in zip(*curves[arm], strict=True)]) for arm in _ARMS],
+        x_label="training steps",
+        y_label="accuracy",
+        levels={"chance": 1 / 8},
+    )
+    delays = run.part("delays", _delays, run.seed)
+    run.sizes |= {
+        "exactness": f"N of {', '.join(map(str, sizes))}; L of {', '.join(map(str, lengths))}",
+        "cost": f"32 features, L = {length}, float32",
+        "cue": setting,
+        "S4": "2 layers, H = 32, N = 64, Δ in 1e-4 … 1e-1, lr 4e-3 (SSM 1e-3)",
+        "LSTM": "1 layer of 64, forget bias 1, lr 1e-3, clipping 1",
+        "seeds": list(seeds),
+        "device": device,
+    }
+    return [
+        _kernel(exact),
+        _recurrence(exact),
+        _slopes(cost),
+        _cue(curves, setting, run.budget),
+        _hippo(curves, moments, run.budget),
+        _delay(delays),
+    ]
+
+
+def _system(size: int, channels: int, dtype: torch.dtype, device: str = "cpu") -> DplrSystem:
+    """LegS for every channel, with Δ spread over 1e-3 … 1e-1 and random C."""
+    eigenvalues, low_rank, inputs, _ = diagonal_plus_low_rank("legs", size)
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(channels, size // 2, dtype=torch.complex128, generator=generator)
+    steps = torch.logspace(-3, -1, channels, dtype=torch.float64).unsqueeze(1)
+    kind = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return DplrSystem(
+        eigenvalues.expand(channels, -1).to(device, kind),
+        low_rank.expand(channels, -1, -1).to(device, kind),
+        inputs.expand(channels, -1).to(device, kind),
+        outputs.to(device, kind),
+        steps.to(device, dtype),
+    )
+
+
+def _dense(system: DplrSystem) -> tuple[Tensor, Tensor, Tensor]:
+    """Ā (channels, N, N), B̄ and C (channels, N), in real coordinates."""
+    size, channels = 2 * system.eigenvalues.shape[-1], system.step.shape[0]
+    identity = torch.eye(size, dtype=system.step.dtype, device=system.step.device)
+    basis = to_complex(identity).unsqueeze(1).expand(size, channels, -1)
+    change = to_real(dplr_solve(system, system.step * dplr_multiply(system, basis))).permute(1, 2, 0)
+    outputs = torch.stack([2 * system.outputs.real, -2 * system.outputs.imag], dim=-1).flatten(-2)
+    return change + identity, to_real(dplr_solve(system, system.step * system.inputs)), outputs
+
+
+def _exactness(sizes: tuple[int, ...], lengths: tuple[int, ...], dtype: torch.dtype) -> dict[str, float]:
+    """The largest errors over sizes and lengths, each relative to the largest value."""
+    found = {"kernel": 0.0, "kernel, roots of unity": 0.0, "steps": 0.0, "halves": 0.0}
+
+    def note(name: str, value: Tensor, wanted: Tensor) -> None:
+        wanted = wanted.double()
+        found[name] = max(found[name], float((value.double() - wanted).abs().max() / wanted.abs().max()))
+
+    for size in sizes:
+        for length in lengths:
+            powers = krylov_kernel(*_dense(_system(size, 4, torch.float64)), length).T
+            system = _system(size, 4, dtype)
+            growth = dplr_growth(system, length)
+            for name, damping in (("kernel", 1.0), ("kernel, roots of unity", 0.0)):
+                corrected = dplr_corrected(system, growth, damping=damping)
+                note(name, dplr_kernel(system, corrected, length, damping=damping), powers)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(size)
+                mixer = S4(4, size, output="none", block_length=length).to(dtype)
+                x = torch.randn(2, length, 4, dtype=dtype)
+                whole, _ = mixer(x)
+                state, steps = mixer.initial_state(2), []
+                for t in range(length):
+                    y, state = mixer(x[:, t : t + 1], state)
+                    steps.append(y)
+                note("steps", torch.cat(steps, dim=1), whole)
+                first, state = mixer(x[:, : length // 2])
+                second, _ = mixer(x[:, length // 2 :], state)
+                note("halves", torch.cat([first, second], dim=1), whole)
+    return found
+
+
+def _kernel(exact: dict[str, dict[str, float]]) -> Measured:
+    wide, narrow = exact["float64"], exact["float32"]
+    return Measured(
+        "kernel",
+        ours=f"relative error {wide['kernel']:.1e} in float64, {narrow['kernel']:.1e} in float32",
+        holds=wide["kernel"] < 1e-9 and narrow["kernel"] < 1e-4,
+        note="nodes just inside the unit circle; with the paper's, on it: "
+        f"{wide['kernel, roots of unity']:.1e} and {narrow['kernel, roots of unity']:.1e}",
+    )
+
+
+def _recurrence(exact: dict[str, dict[str, float]]) -> Measured:
+    worst = {name: max(errors["steps"], errors["halves"]) for name, errors in exact.items()}
+    return Measured(
+        "recurrence",
+        ours="; ".join(
+            f"{name}: steps {errors['steps']:.1e}, two halves {errors['halves']:.1e}" for name, errors in exact.items()
+        ),
+        holds=worst["float64"] < 1e-9 and worst["float32"] < 1e-4,
+        note="relative to the largest output of one convolution over all steps",
+    )
+
+
+def _cost(states: tuple[int, ...], channels: int, length: int, device: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds and peak bytes of the kernel from C̄, from C (with Ā^L by squaring), and by Krylov doubling."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for size in states:
+        system = _system(size, channels, torch.float32, device)
+        dense = _dense(system)
+        corrected = dplr_corrected(system, dplr_growth(system, length), damping=1.0)
+
+        def from_outputs(system: DplrSystem = system) -> Tensor:
+            return dplr_kernel(
+                system, dplr_corrected(system, dplr_growth(system, length), damping=1.0), length, damping=1.0
+            )
+
+        candidates: dict[str, Callable[[], Any]] = {
+            "generating function": functools.partial(dplr_kernel, system, corrected, length, damping=1.0),
+            "generating function, C̄ from C": from_outputs,
+            "Krylov": functools.partial(krylov_kernel, *dense, length),
+        }
+        target = torch.device(device)
+        timings = time_together(candidates, rounds=9, warm_up=1, budget=15, device=target)
+        for name, call in candidates.items():
+            seconds, held = timings[name].median, peak_bytes(call, target)
+            found.setdefault(name, {})[str(size)] = {"seconds": seconds, "bytes": held}
+    return found
+
+
+def _slope(values: dict[str, dict[str, float]]) -> float:
+    """The exponent of the growth of the seconds with N, by least squares on logarithms."""
+    x = [math.log(float(size)) for size in values]
+    y = [math.log(value["seconds"]) for value in values.values()]
+    return statistics.linear_regression(x, y).slope
+
+
+def _slopes(cost: dict[str, dict[str, dict[str, float]]]) -> Measured:
+    largest = list(cost["Krylov"])[-1]
+    last = {name: values[largest] for name, values in cost.items()}
+    ratio = last["Krylov"]["seconds"] / last["generating function"]["seconds"]
+    slopes = {name: _slope(values) for name, values in cost.items()}
+    return Measured(
+        "cost",
+        ours=f"seconds grow like N^{slopes['generating function']:.2f}, Krylov's like N^{slopes['Krylov']:.2f}; "
+        f"{ratio:.1f}× apart at N = {largest}",
+        holds=slopes["generating function"] <= 1.1 and slopes["Krylov"] >= 1.7 and ratio >= 5
+        if largest == "256"
+        else None,
+        note=f"wanted: at most 1 (1.1 counts), at least 1.7, at least 5×. At N = {largest}: "
+        + "; ".join(f"{name} {1e3 * v['seconds']:.1f} ms, {v['bytes'] / 2**20:.0f} MiB" for name, v in last.items())
+        + f". With C̄ from C, as the mixer has it, N^{slopes['generating function, C̄ from C']:.2f}: Ā^L is a dense power",
+    )
+
+
+class _LSTM(nn.Module):
+    """The baseline: one LSTM layer of forget bias 1, and a linear head."""
+
+    def __init__(self, features: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(features, width, batch_first=True), nn.Linear(width, classes)
+        with torch.no_grad():
+            for name in ("bias_ih_l0", "bias_hh_l0"):
+                getattr(self.lstm, name)[width : 2 * width] = 1.0 if name == "bias_ih_l0" else 0.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        hidden, state = self.lstm(x)
+        return self.head(hidden), state
+
+
+def _build(arm: str, classes: int, length: int) -> nn.Module:
+    if arm == "LSTM":
+        return _LSTM(classes, classes, 64)
+    measure = "legs" if arm == "S4, LegS" else "random"
+    block = f"block_length={length}"
+    plan = f"s4(d_state=64, measure={measure}, step_min=0.0001, step_max=0.1, {block})"
+    model = VectorClassifier(classes, classes, 32, plan, 2)
+    if measure == "random":
+        # Diagonal: without the low-rank part, which from zero has no gradient either and stays zero.
+        for name, parameter in model.named_parameters():
+            if name.endswith("low_rank"):
+                nn.init.zeros_(parameter)
+    return model
+
+
+def _train(arm: str, setting: dict[str, int], seed: int, device: str) -> list[float]:
+    """Accuracy on the test set after every `every` steps."""
+    task = ostinato.task("delayed_cue", length=setting["length"], window=setting["window"], test_size=setting["tested"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(arm, task.num_classes, setting["length"]).to(device)
+    rate = 1e-3 if arm == "LSTM" else 4e-3
+    groups = parameter_groups(model, rate, 0.01)
+    optimizer = torch.optim.AdamW(groups)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    factor = warmup_cosine(setting["steps"], setting["steps"] // 20, 0.0)
+    tests = [batch.to(device) for batch in task.test_batches()]
+    found = []
+    for step in range(setting["steps"]):
+        batch = task.train_batch(step, setting["batch"], seed).to(device)
+        loss = task.loss(model(batch.inputs)[0], batch)
+        optimizer.zero_grad()
+        loss.backward()
+        if arm == "LSTM":
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group, own in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = own * factor(step)
+        optimizer.step()
+        if (step + 1) % setting["every"] == 0:
+            found.append(_accuracy(model, tests))
+    return found
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, tests: list[Batch]) -> float:
+    right = [(model(batch.inputs)[0][:, -1].argmax(-1) == batch.targets[:, -1]).float().mean() for batch in tests]
+    return float(torch.stack(right).mean())
+
+
+def _cue(curves: dict[str, list[list[float]]], setting: dict[str, int], budget: str) -> Measured:
+    last = {arm: [curve[-1] for curve in curves[arm]] for arm in ("S4, LegS", "LSTM")}
+    means = {arm: statistics.mean(values) for arm, values in last.items()}
+    return Measured(
+        "cue",
+        ours="; ".join(
+            f"{arm} {means[arm]:.3f} ({', '.join(f'{value:.3f}' for value in values)})" for arm, values in last.items()
+        ),
+        holds=None if budget == "smoke" else means["S4, LegS"] >= _SOLVED and means["LSTM"] <= 0.6,
+        note=f"accuracy of each seed after {setting['steps']} steps of batch {setting['batch']}, L = {setting['length']}; "
+        "chance 0.125",
+    )
+
+
+def _hippo(curves: dict[str, list[list[float]]], moments: list[int], budget: str) -> Measured:
+    def first(curve: list[float]) -> float:
+        return next((step for step, value in zip(moments, curve, strict=True) if value >= _SOLVED), math.inf)
+
+    steps = {arm: [first(curve) for curve in curves[arm]] for arm in _ARMS[:2]}
+    pairs = list(zip(steps["S4, LegS"], steps["S4, random diagonal"], strict=True))
+    sooner = sum(a < b for a, b in pairs)
+    ends = {arm: statistics.mean(curve[-1] for curve in curves[arm]) for arm in _ARMS[:2]}
+    told = "; ".join(
+        f"{arm}: " + ", ".join("never" if step == math.inf else f"{step:.0f}" for step in found)
+        for arm, found in steps.items()
+    )
+    return Measured(
+        "hippo",
+        ours=f"steps to {_SOLVED:.0%}: {told}; LegS sooner on {sooner} of {len(pairs)} seeds",
+        holds=None if budget == "smoke" else sooner >= 2,
+        note="last accuracies, means: " + ", ".join(f"{arm} {value:.3f}" for arm, value in ends.items()),
+    )
+
+
+def _delays(seed: int) -> dict[str, float]:
+    """R² of reading the input of d steps ago from a state of 64."""
+    found = {}
+    for measure, step, delay in (("legs", 1 / 128, 128), ("legs", 1 / 128, 192), ("legt", 1 / 256, 256)):
+        system = discretize(*hippo_matrix(measure, 64), step)
+        found[f"{measure}, d = {delay}"] = memory_of_delays(*system, delays=(delay,), seed=seed)[0]
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(64, 64, generator=generator, dtype=torch.float64) / 8
+    matrix -= (torch.linalg.eigvals(matrix).real.max() + 0.05) * torch.eye(64, dtype=torch.float64)
+    inputs = torch.randn(64, generator=generator, dtype=torch.float64)
+    found["random, d = 128"] = max(
+        memory_of_delays(*discretize(matrix, inputs, step), delays=(128,), seed=seed)[0] for step in (0.05, 0.2, 1.0)
+    )
+    ladder = (-torch.diag(torch.arange(1, 65, dtype=torch.float64)), torch.ones(64, dtype=torch.float64))
+    found["−diag(1 … N), d = 128"] = max(
+        memory_of_delays(*discretize(*ladder, step), delays=(128,), seed=seed)[0] for step in (1 / 64, 1 / 256)
+    )
+    return found
+
+
+def _delay(found: dict[str, float]) -> Measured:
+    others = [value for name, value in found.items() if name.startswith(("random", "−"))]
+    return Measured(
+        "delay",
+        ours="R² of the input of d steps ago: " + "; ".join(f"{name}: {value:.3f}" for name, value in found.items()),
+        holds=found["legs, d = 128"] >= 0.99 and max(others) <= 0.5,
+        note="untrained states of 64, ridge readout; theirs is pMNIST with a trained readout (LSSL). The random A is the "
+        "best of three step sizes",
+    )
