@@ -10,6 +10,7 @@ import inspect
 import json
 from pathlib import Path
 
+from ostinato.analysis.taxonomy import COLUMNS, taxonomy
 from ostinato.mixers import registry as mixers
 from ostinato.papers import catalogue
 from ostinato.papers.runner import verdict
@@ -113,6 +114,11 @@ def tasks_table() -> str:
     return table(["task", "metric", "what is asked"], rows)
 
 
+def taxonomy_table() -> str:
+    """What moves each mixer's state on."""
+    return table(list(COLUMNS), [[f"`{row['mixer']}`", *list(row.values())[1:]] for row in taxonomy()])
+
+
 def tolerances_table() -> str:
     """What the law allows, by type."""
     rows = [[dtype_name(t), f"{TOLERANCES[t]:.1e}", f"{GRADIENT_TOLERANCES[t]:.1e}"] for t in TOLERANCES]
@@ -124,6 +130,7 @@ def main() -> None:
     generated = DOCS / "generated"
     generated.mkdir(exist_ok=True)
     lists = {"mixers": mixers_table(), "tasks": tasks_table(), "tolerances": tolerances_table()}
+    lists["taxonomy"] = taxonomy_table()
     lists |= {room: systems_table(room) for room in ("analysis", "theory", "quantum")}
     for name, text in lists.items():
         (generated / f"{name}.md").write_text(text, encoding="utf-8")

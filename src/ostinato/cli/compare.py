@@ -133,21 +133,21 @@ def _train(
 
     import ostinato
     from ostinato.models.language import LanguageModel
+    from ostinato.models.vector_classifier import VectorClassifier
     from ostinato.training.checkpoints import last_checkpoint
 
     steps = settings["steps"]
-    histories, model = [], None
+    histories: list[Any] = []
+    model: LanguageModel | VectorClassifier | None = None
     for seed in range(seeds):
         err.print(f"[dim]{plan}, seed {seed}[/]")
         torch.manual_seed(seed)
-        model = LanguageModel(
+        shape = (settings["d_model"], plan, settings["depth"])
+        if task.reads_vectors:
+            model = VectorClassifier(task.vocab_size, task.num_classes, *shape)
+        else:
             # A token of a task is a byte's number: every task's vocabulary fits, or has its own size.
-            max(256, task.vocab_size),
-            settings["d_model"],
-            plan,
-            settings["depth"],
-            tie_embeddings=False,
-        )
+            model = LanguageModel(max(256, task.vocab_size), *shape, tie_embeddings=False)
         run = folder / "runs" / f"{''.join(c if c.isalnum() or c in '_-' else '-' for c in plan)}-{seed}"
         resume = last_checkpoint(run) is not None
         done = bar.tasks[0].completed
@@ -183,7 +183,7 @@ def _train(
         plan,
         [metrics[task.metric] for metrics in final],
         {name.partition("/")[2]: [metrics[name] for metrics in final] for name in names},
-        model.num_parameters(),
+        sum(parameter.numel() for parameter in model.parameters()),
         ostinato.state.num_bytes(model.initial_state(1)),
         1e3 * histories[0].seconds[-1] / steps if histories[0].seconds else math.nan,
         ([each.step for each in points], [each.metrics[task.metric] for each in points]),

@@ -273,7 +273,7 @@ class SelectivBench(GeneratedTask):
         gaps = np.rint(rng.uniform(low, high, states.shape)).astype(np.int64)
         forbidden: np.ndarray = ~grammar.possible()
         if filler == WRONG:
-            wrong = (rng.random(states.shape) < self.wrong_probability) & forbidden.any(axis=1)[states]
+            wrong = (rng.random(states.shape) < self.wrong_probability) & (forbidden.sum(axis=1) > 0)[states]
             wrong[:, : self.wrong_from] = False
             gaps = np.where(wrong, gaps, 0)
         time = int((1 + gaps).sum(1).max())
