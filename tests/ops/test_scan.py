@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from ostinato.ops import scan
 from ostinato.ops.scan import (
     BLOCK,
     DENSE,
@@ -16,6 +17,14 @@ from ostinato.ops.scan import (
     affine_scan,
     associative_scan,
 )
+
+
+@pytest.fixture(params=["by size", "in blocks"], autouse=True)
+def both_algorithms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are small, and small sequences are scanned by doubling; every test runs on the blocked scan too."""
+    if request.param == "in blocks":
+        monkeypatch.setattr(scan, "_SMALL", 0)
+
 
 TIMES = [1, 2, 8, 9, 10, 63, 64, 65, 130]
 

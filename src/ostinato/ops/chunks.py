@@ -324,38 +324,33 @@ def scaled(tensor: Tensor, factor: Tensor | None, micro: int = 1) -> Tensor:
 
 
 class _ChunkStates(torch.autograd.Function):
-    """S_{n+1} = c_n ⊙ S_n + B_n over chunks, with S_0 among the results: (chunks + 1, …).
+    """S_{n+1} = c_n ⊙ S_n + B_n over chunks: the S that enters each chunk, and the last one.
 
     Few long steps with a large state: a loop is the best scan. Its derivative is the adjoint loop,
-    μ_n = g_n + c_n ⊙ μ_{n+1}: this function again, run backwards.
+    μ_n = g_n + c_n ⊙ μ_{n+1}: this function again, run backwards, and what enters a chunk from behind is the
+    gradient of what was written there.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(reverse: bool, carried: Tensor, written: Tensor, initial: Tensor) -> Tensor:
-        states = [initial]
-        count = written.shape[0]
+    def forward(reverse: bool, carried: Tensor, written: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        state, entering, count = initial, [], written.shape[0]
         for n in range(count - 1, -1, -1) if reverse else range(count):
-            states.append(torch.addcmul(written[n], carried[n], states[-1]))
-        if reverse:
-            states.reverse()
-        return torch.stack(states)
+            entering.append(state)
+            state = torch.addcmul(written[n], carried[n], state)
+        return torch.stack(entering[::-1] if reverse else entering), state
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.reverse, carried, _, _ = inputs
-        ctx.save_for_backward(carried, output)
+        ctx.save_for_backward(carried, output[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        carried, states = ctx.saved_tensors
-        outside, last = (grad[1:], grad[0]) if ctx.reverse else (grad[:-1], grad[-1])
-        mu = _ChunkStates.apply(not ctx.reverse, carried, outside, last)
-        grad_written, grad_initial = (mu[:-1], mu[-1]) if ctx.reverse else (mu[1:], mu[0])
-        grad_carried = None
-        if ctx.needs_input_grad[1]:
-            grad_carried = _sum_to(grad_written * (states[1:] if ctx.reverse else states[:-1]), carried)
+    def backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        carried, entering = ctx.saved_tensors
+        grad_written, grad_initial = _ChunkStates.apply(not ctx.reverse, carried, grad, grad_last)
+        grad_carried = _sum_to(grad_written * entering, carried) if ctx.needs_input_grad[1] else None
         return None, grad_carried, grad_written, grad_initial
 
 
@@ -376,15 +371,14 @@ def chunk_states(
     """
     if carried is None:
         states = torch.cat([initial.unsqueeze(0), written]).cumsum(0)
-    else:
-        states = _ChunkStates.apply(False, carried, written, initial)
-    return states[:-1], states[-1]
+        return states[:-1], states[-1]
+    return _ChunkStates.apply(False, carried, written, initial)
 
 
 class _CorrectedStates(torch.autograd.Function):
-    """y_n = U_n + P_n S_n,  S_{n+1} = c_n ⊙ S_n + L_nᵀ y_n + B_n over chunks: all y, and all S with S_0.
+    """y_n = U_n + P_n S_n,  S_{n+1} = c_n ⊙ S_n + L_nᵀ y_n + B_n over chunks: all y, all entering S, the last S.
 
-    The transition c − LᵀP is never formed: two thin products a chunk cost less. With μ the gradient of S and ν
+    The transition c + LᵀP is never formed: two thin products a chunk cost less. With μ the gradient of S and ν
     that of y,
         ν_n = g_n + L_n μ_{n+1},   μ_n = c_n ⊙ μ_{n+1} + P_nᵀ ν_n + h_n,
     is this function again, run backwards, with L and P in each other's place.
@@ -402,45 +396,35 @@ class _CorrectedStates(torch.autograd.Function):
         write: Tensor,
         added: Tensor | None,
         initial: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        count = read.shape[0]
-        values, states = [], [initial]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        state, values, entering, count = initial, [], [], read.shape[0]
         for n in range(count - 1, -1, -1) if reverse else range(count):
-            values.append(torch.baddbmm(fresh[n], read[n], states[-1]))
-            kept = states[-1] if carried is None else states[-1] * carried[n]
-            states.append(torch.baddbmm(kept if added is None else kept + added[n], write[n].mT, values[-1]))
+            entering.append(state)
+            values.append(torch.baddbmm(fresh[n], read[n], state))
+            kept = state if carried is None else state * carried[n]
+            state = torch.baddbmm(kept if added is None else kept + added[n], write[n].mT, values[-1])
         if reverse:
             values.reverse()
-            states.reverse()
-        return torch.stack(values), torch.stack(states)
+            entering.reverse()
+        return torch.stack(values), torch.stack(entering), state
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.reverse, carried, read, _, write, added, _ = inputs
         ctx.adds = added is not None
-        ctx.save_for_backward(carried, read, write, *output)
+        ctx.save_for_backward(carried, read, write, *output[:2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_states: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        carried, read, write, values, states = ctx.saved_tensors
-        # What entered a chunk and what left it, among the states; and the same among their gradients.
-        entered, left = (slice(1, None), slice(None, -1)) if ctx.reverse else (slice(None, -1), slice(1, None))
-        last = 0 if ctx.reverse else -1
-        nu, mu = _CorrectedStates.apply(
-            not ctx.reverse, carried, write, grad, read, grad_states[entered], grad_states[last]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor, grad_entering: Tensor, grad_last: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        carried, read, write, values, entering = ctx.saved_tensors
+        nu, mu, grad_initial = _CorrectedStates.apply(
+            not ctx.reverse, carried, write, grad, read, grad_entering, grad_last
         )
-        grad_carried = None
-        if ctx.needs_input_grad[1]:
-            grad_carried = _sum_to(mu[left] * states[entered], carried)
-        return (
-            None,
-            grad_carried,
-            nu @ states[entered].mT,
-            nu,
-            values @ mu[left].mT,
-            mu[left] if ctx.adds else None,
-            mu[-1 if ctx.reverse else 0],
-        )
+        grad_carried = _sum_to(mu * entering, carried) if ctx.needs_input_grad[1] else None
+        added = mu if ctx.adds else None
+        return None, grad_carried, nu @ entering.mT, nu, values @ mu.mT, added, grad_initial
 
 
 def corrected_states(
@@ -464,7 +448,7 @@ def corrected_states(
     heads = initial.shape[:2]
     if carried is not None:
         carried = carried.expand(-1, *heads, -1, -1).flatten(1, 2)
-    values, states = _CorrectedStates.apply(
+    values, entering, last = _CorrectedStates.apply(
         False,
         carried,
         read.flatten(1, 2),
@@ -473,5 +457,4 @@ def corrected_states(
         None if added is None else added.flatten(1, 2),
         initial.flatten(0, 1),
     )
-    states = states.unflatten(1, heads)
-    return values.unflatten(1, heads), states[:-1], states[-1]
+    return values.unflatten(1, heads), entering.unflatten(1, heads), last.unflatten(0, heads)

@@ -117,17 +117,17 @@ def _parallel(
     if reset is not None:
         before = before.masked_fill(reset.unsqueeze(-1), 0)
     decay = log_forget + before - maximum
-    written = keys * torch.exp(log_input - maximum).unsqueeze(-1)
     time = queries.shape[1]
     length = chunk_length(chunk_size, time)
     left = chunk_decay(decay, reset, length, queries.dtype)
-    q, k, v = cut(queries, length), cut(written, length), cut(values, length)
-    kept, read = scaled(k, left.leaving), scaled(q, left.entering)
+    q, k, v = cut(queries, length), cut(keys, length), cut(values, length)
+    gate = cut(torch.exp(log_input - maximum).unsqueeze(-1), length)
+    kept, read = scaled(k, scaled(gate, left.leaving)), scaled(q, left.entering)
     memories, memory = chunk_states(left.carried, kept.mT @ v, state.memory)
     # The normaliser is a memory of values that are all 1.
     sums = kept.sum(-2).unsqueeze(-1)
     normalizers, normalizer = chunk_states(left.carried, sums, state.normalizer.unsqueeze(-1))
-    scores = left.scores(q, k)
+    scores = left.scores(q, k) * gate.mT
     numerator = join(scores @ v + read @ memories, time)
     denominator = join(scores.sum(-1, keepdim=True) + read @ normalizers, time).squeeze(-1)
     outputs = _normalized(numerator, denominator, maximum, eps)

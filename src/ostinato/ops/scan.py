@@ -12,7 +12,8 @@ again an affine scan, run backwards: memory stays linear, and derivatives of any
 
 The algorithm is the blocked scan (Blelloch 1990, "Prefix sums and their applications"): time is cut into
 blocks of about √T, all blocks are multiplied up at the same time, the blocks' products are scanned by the
-same function, and each block's prefixes then act on the point that enters it.
+same function, and each block's prefixes then act on the point that enters it. Small sequences are scanned by
+doubling (Hillis & Steele 1986): more work, in far fewer operations.
 
 All sequences are batch first, time second.
 """
@@ -32,6 +33,8 @@ Point = tuple[Tensor, ...]
 
 # Below this many steps a plain loop is as fast as anything.
 _SHORT = 8
+# Sequences of no more numbers than this are bound by the number of operations, not by their size.
+_SMALL = 2**15
 # Blocks longer than this gain nothing: the loop inside a block is as long as the number of its steps.
 _LONGEST_BLOCK = 64
 
@@ -77,6 +80,8 @@ def associative_scan(
     time = elements[0].shape[1]
     if time <= _SHORT:
         return _loop(monoid, elements, initial, reverse)
+    if max(e.numel() for e in elements) <= _SMALL:
+        return _doubling(monoid, elements, initial, reverse)
     width = min(_LONGEST_BLOCK, math.isqrt(time))
     blocks = time // width
     rest = time - blocks * width
@@ -115,6 +120,20 @@ def _loop(monoid: Monoid, elements: Element, point: Point, reverse: bool) -> Poi
     if reverse:
         points.reverse()
     return tuple(torch.stack(column, dim=1) for column in zip(*points, strict=True))
+
+
+def _doubling(monoid: Monoid, elements: Element, initial: Point, reverse: bool) -> Point:
+    """After round r each product spans 2^r steps."""
+    time, span = elements[0].shape[1], 1
+    while span < time:
+        early, late = tuple(e[:, :-span] for e in elements), tuple(e[:, span:] for e in elements)
+        longer = monoid.combine(late, early) if reverse else monoid.combine(early, late)
+        if reverse:
+            elements = tuple(torch.cat([p, e[:, -span:]], dim=1) for p, e in zip(longer, elements, strict=True))
+        else:
+            elements = tuple(torch.cat([e[:, :span], p], dim=1) for p, e in zip(longer, elements, strict=True))
+        span *= 2
+    return monoid.act(elements, tuple(p.unsqueeze(1) for p in initial))
 
 
 # --------------------------------------------------------------------------------------------------

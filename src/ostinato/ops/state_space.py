@@ -160,6 +160,9 @@ def diagonal_block(
 # --------------------------------------------------------------------------------------------------
 # Diagonal plus low rank: A = Λ − P P*, with the bilinear rule.
 
+# On a CPU the terms of Cauchy sums are formed for so many numbers at a time: more fall out of the caches.
+_CACHED = 1 << 19
+
 
 class DplrSystem(NamedTuple):
     """x' = (Λ − P P*) x + B u, y = 2 Re(C x), with a step Δ per channel; rank axis second."""
@@ -222,6 +225,22 @@ def dplr_kernel(
 
     Source: S4 (arXiv 2111.00396), section 3.2 and appendix C.3.
     """
+    size = (length // 2 + 1) * 2 * corrected.shape[-1]
+    group = max(1, _CACHED // size) if corrected.device.type == "cpu" else corrected.shape[0]
+    parts = [
+        _kernel(
+            DplrSystem(*(part[first : first + group] for part in system)),
+            corrected[first : first + group],
+            length,
+            damping,
+        )
+        for first in range(0, corrected.shape[0], group)
+    ]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _kernel(system: DplrSystem, corrected: Tensor, length: int, damping: float) -> Tensor:
+    """`dplr_kernel` for all channels at once."""
     cauchy, scale = _cauchy(system, length, damping)
     bras = torch.stack([corrected, *conjugate(system.low_rank).unbind(1)], dim=1)
     kets = torch.stack([system.inputs, *system.low_rank.unbind(1)], dim=1)
