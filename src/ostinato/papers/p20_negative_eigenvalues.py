@@ -1,7 +1,8 @@
 """Negative eigenvalues (Grazzi et al. 2024, arXiv 2411.12537): parity, counting, and what the range [0, 1] forbids.
 
-Parity is trained on lengths 3 to 40 with the last position scored, as in the paper, and tested at every length up to
-256. The range of the eigenvalues is the only difference between the arms of a pair.
+Parity is trained on lengths 3 to 40 and tested at every length up to 256. The range of the eigenvalues is the only
+difference between the arms of a pair. DeltaNet is trained with the last position scored, as in the paper, Mamba with
+every prefix scored, which it needs to learn it in so few steps; DeltaNet [−1, 1] is trained so as well, for the note.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ claims = (
 )
 
 _RANGES = {"unit": False, "symmetric": True}
+_LABELS = {"unit": "[0, 1]", "symmetric": "[−1, 1]", "delta": "DeltaNet", "mamba": "Mamba"}
 
 
 def experiment(run: Run) -> list[Measured]:
@@ -44,45 +46,46 @@ def experiment(run: Run) -> list[Measured]:
     steps = run.choose(smoke=4, cpu=1000, gpu=1000)
     seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=3, gpu=5))]
     d_state = run.choose(smoke=2, cpu=4, gpu=16)
+    mixers = {"delta": "delta_net(heads=2, conv=None", "mamba": f"mamba(d_state={d_state}"}
     plans = {
         f"{name} {kind}": f"{mixer}, negative_eigenvalues={symmetric})"
-        for name, mixer in {"delta": "delta_net(heads=2, conv=None", "mamba": f"mamba(d_state={d_state}"}.items()
+        for name, mixer in mixers.items()
         for kind, symmetric in _RANGES.items()
-    } | {"lstm": "lstm"}
+    }
+    plans |= {"lstm": "lstm", "every prefix": plans["delta symmetric"]}
     run.sizes.update(
         {"parity width": 32, "parity layers": 1, "parity steps": steps, "batch": 64, "learning rate": 5e-3}
         | {"seeds": seeds, "Mamba's state": d_state, "trained lengths": "3–40", "tested lengths": "40–256"}
     )
-    parity = {name: run.part(f"parity {name}", _parity, plan, steps, seeds, run) for name, plan in plans.items()}
-    titles = {"delta": "DeltaNet", "mamba": "Mamba"} | {kind: f" {_interval(kind)}" for kind in _RANGES}
-    series = []
-    for name, curves in parity.items():
-        label = "".join(titles.get(word, word.upper()) for word in name.split())
-        series.append(Series(label, list(range(1, 257)), [mean(values) for values in zip(*curves, strict=True)]))
+    parity = {
+        name: run.part(f"parity {name}", _parity, plan, not name.startswith("delta"), steps, seeds, run)
+        for name, plan in plans.items()
+    }
+    labels = {f"{name} {kind}": f"{_LABELS[name]} {_LABELS[kind]}" for name in mixers for kind in _RANGES}
+    labels |= {"lstm": "LSTM", "every prefix": "DeltaNet [−1, 1], every prefix scored"}
     run.figure(
         f"Parity, trained on lengths up to 40 (mean of {len(seeds)} seeds)",
-        series,
+        [
+            Series(labels[name], list(range(1, 257)), [mean(values) for values in zip(*curves, strict=True)])
+            for name, curves in parity.items()
+        ],
         x_label="length",
         y_label="scaled accuracy",
         levels={"chance": 0.0},
     )
-    rows = [_judged(name, curves, parity["lstm"], run) for name, curves in parity.items() if name != "lstm"]
+    rows = [_judged(f"{name} {kind}", parity, run) for name in mixers for kind in ("symmetric", "unit")]
     rows += _propositions(run)
     if run.budget == "gpu":
         rows += _arithmetic(run)
     return rows
 
 
-def _interval(kind: str) -> str:
-    return {"unit": "[0, 1]", "symmetric": "[−1, 1]"}[kind]
-
-
-def _parity(plan: str, steps: int, seeds: list[int], run: Run) -> list[list[float]]:
+def _parity(plan: str, dense: bool, steps: int, seeds: list[int], run: Run) -> list[list[float]]:
     """Scaled accuracy at lengths 1 … 256, for every seed."""
     test = list(Parity(tested_lengths=(256,), test_size=run.choose(smoke=16, cpu=512, gpu=4096)).test_batches())
     ensemble = fit_together(
         lambda seed: TokenClassifier(3, 32, plan),
-        Parity(dense=False),
+        Parity(dense=dense),
         seeds,
         steps=steps,
         batch_size=64,
@@ -93,14 +96,22 @@ def _parity(plan: str, steps: int, seeds: list[int], run: Run) -> list[list[floa
     return [[2 * share - 1 for share in accuracy_by_position(model, test).each] for model in ensemble]
 
 
-def _judged(name: str, curves: list[list[float]], lstm: list[list[float]], run: Run) -> Measured:
+def _judged(name: str, parity: dict[str, list[list[float]]], run: Run) -> Measured:
     """At least 0.95 of [−1, 1], at most 0.10 of [0, 1], on two seeds of three."""
-    beyond = [mean(curve[39:]) for curve in curves]
-    inside = [mean(curve[2:40]) for curve in curves]
-    right = [value >= 0.95 if name.endswith("symmetric") else value <= 0.10 for value in beyond]
-    holds = None if run.budget == "smoke" else sum(right) >= 2 / 3 * len(right)
-    note = f"at trained lengths {_list(inside)}; LSTM beyond {_list([mean(curve[39:]) for curve in lstm])}; chance 0"
-    return Measured(name, ours=_list(beyond), holds=holds, note=note)
+    beyond = {arm: [mean(curve[39:]) for curve in curves] for arm, curves in parity.items()}
+    symmetric = name.endswith("symmetric")
+    right = [value >= 0.95 if symmetric else value <= 0.10 for value in beyond[name]]
+    note = f"at trained lengths {_list([mean(curve[2:40]) for curve in parity[name]])}"
+    if symmetric:
+        note += f", at 241–256 {_list([mean(curve[-16:]) for curve in parity[name]])}"
+    if name == "delta symmetric":
+        note += f"; with every prefix scored {_list(beyond['every prefix'])}"
+    return Measured(
+        name,
+        ours=_list(beyond[name]),
+        holds=None if run.budget == "smoke" else sum(right) >= 2 / 3 * len(right),
+        note=f"{note}; LSTM {_list(beyond['lstm'])}; chance 0",
+    )
 
 
 def _list(values: list[float]) -> str:
@@ -224,7 +235,7 @@ def _arithmetic(run: Run) -> list[Measured]:
             plan = f"{mixer}, negative_eigenvalues={symmetric})*2"
             curves = run.part(f"arithmetic {name} {kind}", _train_arithmetic, plan, task, steps, seeds, run)
             far[kind] = [mean(curve[lengths.index(40) :]) for curve in curves]
-            label = f"{'DeltaNet' if name == 'delta' else 'Mamba'} {_interval(kind)}"
+            label = f"{_LABELS[name]} {_LABELS[kind]}"
             series.append(Series(label, lengths, [mean(values) for values in zip(*curves, strict=True)]))
         rows.append(
             Measured(
