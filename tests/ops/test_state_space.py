@@ -80,6 +80,13 @@ def test_the_generating_function_gives_the_powers(measure: str, size: int, lengt
     assert error(kernel_by_nodes(single, length, 1.0), kernel_by_powers(single, length)) < 1e-4
 
 
+def test_the_kernel_of_some_channels_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = make("legs", 8)
+    whole = kernel_by_nodes(system, 12, 1.0)
+    monkeypatch.setattr("ostinato.ops.state_space._CACHED", 1)
+    assert torch.equal(kernel_by_nodes(system, 12, 1.0), whole)
+
+
 def test_nodes_inside_the_circle_keep_the_digits_of_float32() -> None:
     """The worst of several draws, since rounding errors are what is compared."""
     on, inside = [], []
