@@ -46,6 +46,16 @@ def test_with_unit_range_a_constant_input_brings_the_state_to_rest() -> None:
         assert float(state_change(trace)[:, 0].max()) > 0.1 and float(state_change(trace)[:, -1].max()) < 1e-6
 
 
+@torch.no_grad()
+def test_so_it_does_in_a_whole_network_of_such_layers() -> None:
+    from ostinato.models.token_classifier import TokenClassifier
+
+    # Mamba's slowest channels would need tens of thousands of steps; the theorem is the same.
+    logits, _ = TokenClassifier(3, 16, "delta_net(conv=None)*3").double()(torch.full((1, 600), 2))
+    change = state_change(logits)
+    assert float(change[0, 0]) > 1e-3 and float(change[0, -1]) < 1e-6
+
+
 def test_with_minus_one_it_does_not() -> None:
     one = torch.ones(1, 1)
     trace = diagonal_states(-one, 0 * one, 100, one)

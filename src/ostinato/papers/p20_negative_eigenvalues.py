@@ -170,7 +170,7 @@ def _compute_propositions(layers: int, run: Run) -> dict[str, Any]:
     def integers(below: int) -> torch.Tensor:
         return torch.randint(0, below, (2, time), generator=generator)
 
-    time = 1024
+    time = 1025
     gates, inputs = torch.sigmoid(normal(layers, 16)), normal(layers, 16)
     keys, values = torch.nn.functional.normalize(normal(layers, 2, 8), dim=-1), normal(layers, 2, 4)
     betas = torch.sigmoid(normal(layers, 2))
@@ -182,7 +182,7 @@ def _compute_propositions(layers: int, run: Run) -> dict[str, Any]:
             -torch.ones(1, 1).double(), torch.zeros(1, 1).double(), time, torch.ones(1, 1).double()
         ),
     }
-    times = [2**power for power in range(10)]
+    times = [2**power for power in range(11)]
     changes = {
         label: [float(expressivity.state_change(trace)[:, t - 1].max()) for t in times]
         for label, trace in states.items()
