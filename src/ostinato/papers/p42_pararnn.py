@@ -58,7 +58,7 @@ _ARMS = {
 def experiment(run: Run) -> list[Measured]:
     """Iterations, gradients, speed, learning."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lengths = run.choose(smoke=(64, 256), cpu=(64, 512, 4096), gpu=(64, 512, 4096, 65536))
+    lengths = run.choose(smoke=(64, 256), cpu=(64, 512, 4096), gpu=(64, 512, 4096, 16384))
     width = 16
     tables = {
         f"{name}, {_short(dtype)}": run.part(
@@ -88,7 +88,7 @@ def experiment(run: Run) -> list[Measured]:
         y_label="largest error (cut at 10⁶)",
         log_y=True,
     )
-    seeds = run.choose(smoke=3, cpu=12, gpu=24)
+    seeds = run.choose(smoke=3, cpu=12, gpu=12)
     dense = run.part("dense cells", _dense_counts, range(run.choose(smoke=1, cpu=5, gpu=5)))
     unstable_time = run.choose(smoke=128, cpu=1024, gpu=1024)
     unstable = {
@@ -110,9 +110,9 @@ def experiment(run: Run) -> list[Measured]:
         log_x=True,
         log_y=True,
     )
-    steps = run.choose(smoke=4, cpu=500, gpu=3000)
-    members = run.choose(smoke=1, cpu=3, gpu=5)
-    curves = run.part("loss curves", _same_curves, run.choose(smoke=3, cpu=40, gpu=200), run.seed)
+    steps = run.choose(smoke=4, cpu=500, gpu=1500)
+    members = run.choose(smoke=1, cpu=3, gpu=3)
+    curves = run.part("loss curves", _same_curves, run.choose(smoke=3, cpu=40, gpu=100), run.seed)
     learned: dict[str, dict[str, Any]] = {}
     for task in ("parity", "multi_hop"):
         for arm in _ARMS:

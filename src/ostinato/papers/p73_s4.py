@@ -78,7 +78,7 @@ def experiment(run: Run) -> list[Measured]:
         curves[arm] = [run.part(f"cue {arm} seed {seed}", _train, arm, setting, seed, device) for seed in seeds]
     moments = [setting["every"] * (index + 1) for index in range(setting["steps"] // setting["every"])]
     run.figure(
-        f"Cue of {setting['length']} steps ago: mean accuracy of {len(seeds)} seeds",
+        f"The delayed cue, {setting['length']} steps: accuracy, mean over seeds",
         [Series(arm, moments, [statistics.mean(at) for at in zip(*curves[arm], strict=True)]) for arm in _ARMS],
         x_label="training steps",
         y_label="accuracy",
