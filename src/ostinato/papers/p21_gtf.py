@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ostinato.analysis.cycles import Cycle, find_cycles
 from ostinato.analysis.dynamics import (
     binned_divergence,
     lyapunov_spectrum,
@@ -155,7 +156,26 @@ def _gradients(
     norms = {}
     for alpha in (1.0, star, 0.0):
         norms[f"{alpha:.3g}"] = [_last_step_gradient(model, series, time, alpha) for time in lengths]
-    return {"sigma": largest, "star": star, "growth": growth, "norms": norms, "lengths": list(lengths)}
+    starts = torch.from_numpy(data.test[:: max(1, len(data.test) // 200)])
+    points = find_cycles(model.cell, model.weights_of(0), 1, starts)
+    return {
+        "sigma": largest,
+        "star": star,
+        "growth": growth,
+        "norms": norms,
+        "lengths": list(lengths),
+        "fixed": [_fixed_point(cycle, data) for cycle in points],
+    }
+
+
+def _fixed_point(cycle: Cycle, data: ChaosData) -> str:
+    """Its kind, and how far it is from the nearest of Lorenz-63's own, in standard deviations."""
+    wing = math.sqrt(8 / 3 * 27)
+    true = (np.array([[0, 0, 0], [wing, wing, 27], [-wing, -wing, 27]]) - data.mean) / data.deviation
+    distance = np.linalg.norm(true - cycle.points[0].numpy(), axis=1)
+    return (
+        f"{cycle.kind} {distance.min():.2f} from {('the origin', 'the right wing', 'the left wing')[distance.argmin()]}"
+    )
 
 
 def _last_step_gradient(model: DynamicsModel, series: torch.Tensor, time: int, alpha: float) -> float:
@@ -271,7 +291,8 @@ def _verdicts(
             f"adaptive, M = 3: λ1 {_spread(exponent['adaptive'])} per time unit",
             all(value > 0 for value in exponent["adaptive"]) and adaptive < 5 if trained else None,
             f"true 0.906; wanted: chaotic in every seed, mean D_stsp < 5; PE(20) {ahead}, "
-            f"of persistence {measured['persistence']:.2f}",
+            f"of persistence {measured['persistence']:.2f}; fixed points found: {'; '.join(theory['fixed']) or 'none'} "
+            "(Lorenz-63 has three, a saddle and two saddle spirals)",
         ),
         Measured(
             "lorenz",
