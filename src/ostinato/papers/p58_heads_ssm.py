@@ -93,8 +93,8 @@ def _ranks(run: Run) -> list[Measured]:
             + (f"; not {', '.join(wrong)}" if wrong else ""),
             not wrong,
             "predicted: heads for attention; d for independent systems per channel (S4D) and min(n, states + 1, d²) "
-            "for S5 (the skip adds one); for Mamba and Mamba-2 the inner width 2d, since values pass through a gate per "
-            "channel; 4 for the convolution. Smallest counted singular value over the largest: "
+            "for S5 (the skip adds one); for Mamba and Mamba-2 the inner width 2d, since values pass through a gate "
+            "per channel; 4 for the convolution. Smallest counted singular value over the largest: "
             f"{least[0]:.1e} ({least[1]})",
         ),
     ]
@@ -216,9 +216,14 @@ def _errors_by_heads(states: int, seed: int, n: int, sequences: int, restarts: i
         with torch.no_grad():
             built = PositionalMultiHead(*heads_from_lags(lags, min(h, n))).operator()
         row["closed"].append(float((built - target).square().sum() / target.square().sum()))
-        for key, free in (("trained", False), ("free", True)):
-            fits = [fit_heads(lags, h, free=free, sequences=sequences, seed=100 * seed + r)[1] for r in range(restarts)]
-            row[key].append(min(fits))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the systems are small: more threads wait for each other longer than they work
+        try:
+            for key, free in (("trained", False), ("free", True)):
+                seeds = [100 * seed + restart for restart in range(restarts)]
+                row[key].append(min(fit_heads(lags, h, free=free, sequences=sequences, seed=s)[1] for s in seeds))
+        finally:
+            torch.set_num_threads(threads)
     return row
 
 
