@@ -168,7 +168,7 @@ def _measure(options: dict[str, Any], data: ChaosData, kept: dict[str, Any]) -> 
                 "occupancy": occupancy_curve(codes, 8)[:8].tolist(),
                 "nodes": [_node(series, codes, int(symbol)) for symbol in graph.symbols],
                 "weights": graph.weights.tolist(),
-                "orbit": series[:1500, [0, 2]].T.tolist(),
+                "orbit": series[:800, [0, 2]].T.tolist(),
                 "codes": codes.tolist() if switching else [],
             }
             if 0 < switching <= 3:
@@ -176,7 +176,7 @@ def _measure(options: dict[str, Any], data: ChaosData, kept: dict[str, Any]) -> 
         rows.append(row)
     return {
         "runs": rows,
-        "true": test[:1500, [0, 2]].T.tolist(),
+        "true": test[:800, [0, 2]].T.tolist(),
         "true_exponent": float(data.exponents[0]),
         "step": data.step,
         "settings": [str(state_space_divergence(test, test)), str(spectral_distance(test, test))],
