@@ -168,7 +168,7 @@ def _head_count(run: Run) -> list[Measured]:
         [
             Series(f"k = {curve['states']}: {what}", curve["heads"], [max(e, 1e-18) for e in curve[key]])
             for curve in shown
-            for what, key in (("bound", "bound"), ("trained", "trained"), ("free scores", "free"))
+            for what, key in (("bound", "bound"), ("trained", "trained"))
         ],
         x_label="heads H",
         y_label="relative mean squared error",

@@ -171,7 +171,7 @@ def _distribution(run: Run, device: str) -> Measured:
     last = found[-1]
     names = ("10th", "50th", "90th")
     run.figure(
-        f"Percentiles of trained networks (n = {plan[-1][0]}) and of the kernel's Gaussian, 4 points on the circle",
+        f"Trained networks (n = {plan[-1][0]}) and the kernel's Gaussian",
         [Series(f"{name} percentile, networks", last["angles"], last["measured"][i]) for i, name in enumerate(names)]
         + [Series(f"{name} percentile, kernel", last["angles"], last["predicted"][i]) for i, name in enumerate(names)],
         x_label="angle",
@@ -234,8 +234,8 @@ def _decay(run: Run, device: str) -> list[Measured]:
     last = found[-1]
     run.figure(
         f"Error along the kernel's first components ({source}), n = {widths[-1]}",
-        [Series(f"component {i + 1}", range(len(line)), line) for i, line in enumerate(last["errors"])]
-        + [Series(f"kernel's rate {i + 1}", range(len(line)), line) for i, line in enumerate(last["predicted"])],
+        [_decaying(f"component {i + 1}", line) for i, line in enumerate(last["errors"])]
+        + [_decaying(f"kernel's rate {i + 1}", line) for i, line in enumerate(last["predicted"])],
         x_label="step",
         y_label="|component of the error|",
         log_y=True,
@@ -256,6 +256,12 @@ def _decay(run: Run, device: str) -> list[Measured]:
             "the worst of five rates' relative errors; one draw of each width",
         ),
     ]
+
+
+def _decaying(label: str, line: list[float]) -> Series:
+    """A line down to a hundredth of its start."""
+    until = next((step for step, value in enumerate(line) if value < 0.01 * line[0]), len(line))
+    return Series(label, range(until), line[:until])
 
 
 def _rates(width: int, x: list[list[float]], y: list[float], steps: int, seed: int, device: str) -> dict[str, Any]:
