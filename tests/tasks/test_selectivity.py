@@ -190,6 +190,8 @@ def test_t4_is_trained_as_t2_and_tested_at_fixed_gaps() -> None:
     found = {batch.split: batch for batch in task("selectivbench", variant="T4", **options).test_batches()}
     assert list(found) == ["gap 10", "gap 20", "gap 50", "gap 100"]
     assert found["gap 20"].inputs.shape == (8, 12 * 21, 9) and found["gap 20"].mask.all()
+    walks = [batch.targets[batch.begins].tolist() for batch in found.values()]
+    assert all(walk == walks[0] for walk in walks)
 
 
 def test_test_and_training_do_not_share_sequences() -> None:

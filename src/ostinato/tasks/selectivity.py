@@ -303,10 +303,10 @@ class SelectivBench(GeneratedTask):
         )
 
     def test_batches(self) -> Iterator[Batch]:
-        """`test_size` sequences, of each fixed gap where there are any, in batches of at most 64."""
+        """`test_size` sequences in batches of at most 64; the same walks at each fixed gap, where there are any."""
         for gap in self.tested_gaps or (None,):
-            rng = np.random.default_rng([_TEST, self.seed, 0 if gap is None else 1 + gap])
             for start in range(0, self.test_size, 64):
+                rng = np.random.default_rng([_TEST, self.seed, start])
                 batch = self.generate(rng, min(64, self.test_size - start), gap=gap)
                 yield batch if gap is None else batch._replace(split=f"gap {gap}")
 
