@@ -62,7 +62,7 @@ class S4(TimeInvariant):
         step_max: float = 0.1,
         clamp_inputs: bool = False,
         output: str = "glu",
-        block_length: int = 256,
+        block_length: int = 64,
         rate: float = 1.0,
     ) -> None:
         super().__init__(d_model, d_state, output, block_length, rate)

@@ -250,12 +250,11 @@ class _LSTM(nn.Module):
         return self.head(hidden), state
 
 
-def _build(arm: str, classes: int, length: int) -> nn.Module:
+def _build(arm: str, classes: int) -> nn.Module:
     if arm == "LSTM":
         return _LSTM(classes, classes, 64)
     measure = "legs" if arm == "S4, LegS" else "random"
-    block = f"block_length={length}"
-    plan = f"s4(d_state=64, measure={measure}, step_min=0.0001, step_max=0.1, {block})"
+    plan = f"s4(d_state=64, measure={measure}, step_min=0.0001, step_max=0.1)"
     model = VectorClassifier(classes, classes, 32, plan, 2)
     if measure == "random":
         # Diagonal: without the low-rank part, which from zero has no gradient either and stays zero.
@@ -270,7 +269,7 @@ def _train(arm: str, setting: dict[str, int], seed: int, device: str) -> list[fl
     task = ostinato.task("delayed_cue", length=setting["length"], window=setting["window"], test_size=setting["tested"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(arm, task.num_classes, setting["length"]).to(device)
+        model = _build(arm, task.num_classes).to(device)
     rate = 1e-3 if arm == "LSTM" else 4e-3
     groups = parameter_groups(model, rate, 0.01)
     optimizer = torch.optim.AdamW(groups)
