@@ -306,7 +306,10 @@ def _cue(curves: dict[str, list[list[float]]], setting: dict[str, int], budget: 
         ours="; ".join(
             f"{arm} {means[arm]:.3f} ({', '.join(f'{value:.3f}' for value in values)})" for arm, values in last.items()
         ),
-        holds=None if budget == "smoke" else means["S4, LegS"] >= _SOLVED and means["LSTM"] <= 0.6,
+        # A short training that leaves S4 below the mark says nothing of what a whole one would reach.
+        holds=means["S4, LegS"] >= _SOLVED and means["LSTM"] <= 0.6
+        if budget == "gpu" or means["S4, LegS"] >= _SOLVED
+        else None,
         note=f"mean (each seed) after {setting['steps']} steps of batch {setting['batch']}, L = {setting['length']}; "
         "chance 0.125",
     )
@@ -327,7 +330,7 @@ def _hippo(curves: dict[str, list[list[float]]], moments: list[int], budget: str
     return Measured(
         "hippo",
         ours=f"steps to {_SOLVED:.0%}: {told}; LegS sooner on {sooner} of {len(pairs)} seeds",
-        holds=None if budget == "smoke" else sooner >= 2,
+        holds=None if budget != "gpu" and min(min(found) for found in steps.values()) == math.inf else sooner >= 2,
         note="last accuracies, means: " + ", ".join(f"{arm} {value:.3f}" for arm, value in ends.items()),
     )
 
