@@ -36,7 +36,7 @@ ALLOWED = {
     "tasks": {*FOUNDATION},
     "models": {*FOUNDATION, "layers", "mixers", "ops"},
     "training": {*FOUNDATION, "layers", "mixers", "models", "ops", "tasks"},
-    "analysis": {*FOUNDATION, "layers", "mixers", "models", "ops"},
+    "analysis": {*FOUNDATION, "layers", "mixers", "models", "ops", "tasks"},
     "theory": {*FOUNDATION, "layers", "ops"},
     "quantum": {*FOUNDATION, "layers", "ops"},
     "testing": {*FOUNDATION, "mixers", "ops"},

@@ -18,6 +18,7 @@ again. `reproduce` writes `reports/NN/`: `result.json`, `index.html`, `figure-*.
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ def load(which: System, folder: Path | None = None) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"ostinato.papers.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     for name in ("claims", "experiment"):
         if not hasattr(module, name):
