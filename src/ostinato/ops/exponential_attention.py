@@ -143,7 +143,7 @@ def exponential_attention(
     state: ExponentialState | None = None,
     *,
     reset: Bool[Tensor, "batch time"] | None = None,
-    chunk_size: int = 32,
+    chunk_size: int = 64,
     eps: float = 1e-6,
     validate: bool = False,
 ) -> tuple[Float[Tensor, "batch time heads value_dim"], ExponentialState]:
