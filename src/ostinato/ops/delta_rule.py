@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, own_precision
+from ostinato.ops.chunk_states import corrected_states
 from ostinato.ops.chunks import (
     ChunkDecay,
     check_chunk_size,
     chunk_decay,
     chunk_length,
-    corrected_states,
     cut,
     join,
     scaled,

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ostinato.errors import ConfigurationError, DtypeError
 from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, own_precision
-from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, chunk_states, cut, join, scaled
+from ostinato.ops.chunk_states import chunk_states
+from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, cut, join, scaled
 from ostinato.ops.linear_attention import check_matrix_arguments, linear_attention_step
 from ostinato.ops.routes import Engine
 from ostinato.ops.scan import MAX_PLUS, associative_scan

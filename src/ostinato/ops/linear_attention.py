@@ -20,7 +20,8 @@ from ostinato.ops.checks import (
     check_shape,
     own_precision,
 )
-from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, chunk_states, cut, join, scaled
+from ostinato.ops.chunk_states import chunk_states
+from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, cut, join, scaled
 from ostinato.ops.routes import Engine
 
 _engine = Engine("linear_attention")
