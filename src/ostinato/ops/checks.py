@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
+
+import ostinato.state
 
 from ostinato.errors import DtypeError, NonFiniteError, ShapeError
 
@@ -13,6 +19,29 @@ HALF = (torch.bfloat16, torch.float16)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which states and gates are kept: float32 for half precision, else the type itself."""
     return torch.float32 if dtype in HALF else dtype
+
+
+def in_accumulation_dtype(route: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator for plain PyTorch routes: all floating tensors come in the type that states are kept in.
+
+    That of the first argument decides: float32 where it is half precision, else its own. Kernels are
+    handed the arguments as they are, and widen what they load.
+    """
+
+    def cast(argument: Any, dtype: torch.dtype) -> Any:
+        if isinstance(argument, Tensor):
+            return argument.to(dtype) if argument.is_floating_point() else argument
+        if isinstance(argument, tuple):
+            return ostinato.state.to(argument, dtype)
+        return argument
+
+    @wraps(route)
+    def widened(first: Tensor, *rest: Any) -> Any:
+        dtype = accumulation_dtype(first.dtype)
+        with own_precision(first):
+            return route(first.to(dtype), *(cast(argument, dtype) for argument in rest))
+
+    return widened
 
 
 def own_precision(tensor: Tensor) -> torch.autocast:

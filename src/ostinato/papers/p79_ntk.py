@@ -24,7 +24,8 @@ claims = (
         "constant", "the recursion's value, two hidden ReLU layers, one radian apart", theirs="0.20322, diagonal 0.4025"
     ),
     Claim("concentrates", "the kernel at the start concentrates as n^(−1/2)", theirs="exponent in [−0.6, −0.4]"),
-    Claim("fixed", "it drifts in training as n^(−1/2)", theirs="exponent in [−0.6, −0.4] (the bound)"),
+    Claim("fixed", "its drift in training falls at least as fast as n^(−1/2)", theirs="O(n^(−1/2))"),
+    Claim("no faster", "and no faster: the bound is the rate", theirs="exponent in [−0.6, −0.4] (expected)"),
     Claim("stays", "at large width it hardly moves in training", theirs="tight at n = 10,000"),
     Claim(
         "distribution",
@@ -119,10 +120,17 @@ def _convergence(run: Run, device: str) -> list[Measured]:
         ),
         Measured(
             "fixed",
-            f"{exponents[1]:.2f}",
+            f"exponent {exponents[1]:.2f}",
+            exponents[1] <= -0.4 if tell else None,
+            f"{listed[1]}; mean over {draws} draws of the norm of the change over the norm. The paper proves an upper "
+            "bound, which a steeper exponent satisfies; asked for: at most −0.4",
+        ),
+        Measured(
+            "no faster",
+            f"exponent {exponents[1]:.2f}",
             -0.6 <= exponents[1] <= -0.4 if tell else None,
-            f"{listed[1]}; mean over {draws} draws of the norm of the change over the norm; n^(−1/2) is proved "
-            "as a bound, a steeper exponent is within it",
+            "the paper does not say that its bound is reached; later analyses of wide networks under squared loss find "
+            "a drift of order 1/n, which is what is seen here",
         ),
         Measured(
             "stays",

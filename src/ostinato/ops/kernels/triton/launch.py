@@ -1,0 +1,86 @@
+"""When a Triton kernel can run, and what all launches share. Does not import Triton."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ostinato.errors import BackendError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INSTALLED = find_spec("triton") is not None
+
+
+def tensors_in(arguments: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples of arguments."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (tuple, list)):
+            yield from tensors_in(argument)
+
+
+def unavailable(arguments: Any) -> str | None:
+    """Why no Triton kernel can run on these arguments, or None."""
+    for tensor in tensors_in(arguments):
+        if tensor.device.type != "cuda" and not INTERPRETED:
+            return f"Triton kernels need tensors on a CUDA device, got {tensor.device}"
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return "Triton kernels have no rule for torch.func transforms"
+    if not _INSTALLED:
+        return "the package triton is not installed"
+    return None
+
+
+class Card(NamedTuple):
+    """What a launch is planned by."""
+
+    processors: int
+    """Streaming multiprocessors."""
+    shared_memory: int
+    """Bytes of shared memory that one block can have."""
+    capability: tuple[int, int]
+
+
+@cache
+def _card(index: int) -> Card:
+    found = torch.cuda.get_device_properties(index)
+    shared = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
+    return Card(found.multi_processor_count, shared, (found.major, found.minor))
+
+
+def card(device: torch.device) -> Card:
+    """The card that `device` names; for the interpreter, a small one."""
+    if device.type != "cuda":
+        return Card(4, 99 * 1024, (8, 0))
+    return _card(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` is to multiply operands of this type: float32 in full precision, never as tf32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def without_second_derivative(operator: Any) -> None:
+    """Make differentiating `operator`, a backward pass, an error that says what to do."""
+
+    def refuse(*_: Any) -> Any:
+        raise BackendError(
+            f"{operator._qualname} has no derivative of its own: the Triton kernels are differentiable once. "
+            'For second derivatives compute under ostinato.backend("parallel")'
+        )
+
+    operator.register_autograd(refuse)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is no less than `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+

@@ -1,0 +1,22 @@
+"""Kernels are tested on a GPU where there is one, else in Triton's interpreter (`TRITON_INTERPRET=1`), else not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ostinato.ops.kernels.triton.launch import _INSTALLED, INTERPRETED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run here, and say how it would."""
+    runnable = _INSTALLED and (INTERPRETED or torch.cuda.is_available())
+    for item in items:
+        if "ops/kernels" in item.nodeid and not runnable:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, or TRITON_INTERPRET=1 and triton installed"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run here."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
