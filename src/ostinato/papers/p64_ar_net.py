@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def experiment(run: Run) -> list[Measured]:
         "seeds": f"{seeds} (small data: {small_seeds})",
         "training": f"Adam 2e-3, factor 0.75, batch 128, {epochs} epochs, c_lambda 0.01, c1 = c2 = 3, linear ramp",
         "small data": f"Adam 3e-3, factor 0.98, batch 16, {small_epochs} epochs, c_lambda 0.03",
-        "timing": f"one epoch of {timed:,} windows, one thread, the quickest of 3; batches of 128 and of {_LARGE_BATCH:,}",
+        "timing": f"one epoch of {timed:,} windows, one thread, the quickest of 3; batches of 128, {_LARGE_BATCH:,}",
         "real series": f"as the small data, with as many updates ({small_epochs} epochs of 1,000 values)",
     }
     first = 1000 * run.seed
@@ -170,7 +171,7 @@ def _times(orders: tuple[int, ...], length: int) -> dict[str, list[float]]:
         "Yule-Walker": lambda p: fit_yule_walker(series[p], p),
     }
     with _one_thread():
-        return {name: [_seconds(lambda p=p: fit(p)) for p in orders] for name, fit in methods.items()}
+        return {name: [_seconds(partial(fit, p)) for p in orders] for name, fit in methods.items()}
 
 
 @contextmanager
