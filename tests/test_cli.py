@@ -417,6 +417,33 @@ def test_the_demo_finds_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [Path(file).name for file in files] == ["a_gut.txt", "b_gut.txt"]
 
 
+def test_reproduce_stops_at_ctrl_c_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ostinato.papers import runner
+
+    module = tmp_path / "p01_ours.py"
+    module.write_text(
+        "from ostinato.papers.runner import Claim, Measured\n"
+        "claims = (Claim('sum', 'addition works', theirs='4'),)\n"
+        "def experiment(run):\n"
+        "    first = run.part('first', lambda: 4)\n"
+        "    run.part('second', second, run.folder / 'go on')\n"
+        "    return [Measured('sum', ours=str(first), holds=first == 4)]\n"
+        "def second(go_on):\n"
+        "    if not go_on.exists():\n"
+        "        raise KeyboardInterrupt\n"
+    )
+    monkeypatch.setattr(runner, "module_path", lambda which, folder=None: module)
+    arguments = ["reproduce", "1", "--seed", "3", "--out", tmp_path / "reports"]
+    stopped = ostinato(*arguments, code=130)
+    assert "finished parts are kept" in stopped.stderr and "--seed 3" in stopped.stderr
+    assert not (tmp_path / "reports" / "01" / "index.html").exists()
+    (tmp_path / "reports" / "01" / "go on").touch()
+    done = ostinato(*arguments)
+    assert "first: kept from an earlier run" in done.stderr
+    assert "addition works" in done.stdout and "holds" in done.stdout and "index.html" in done.stdout
+    assert (tmp_path / "reports" / "01" / "index.html").is_file()
+
+
 def test_reproduce_all_runs_what_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ostinato.papers import catalogue, runner
 

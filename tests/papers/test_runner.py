@@ -82,6 +82,41 @@ def test_an_interrupted_run_goes_on(papers: Path, tmp_path: Path) -> None:
     assert said == ["first: kept from an earlier run", "second"]
 
 
+def test_a_second_run_knows_the_time_left(papers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    outcome = reproduce(1, out=out, folder=papers)
+    assert set(outcome["parts"]) == {"first", "second"}
+    path = out / "01" / "result.json"
+    path.write_text(json.dumps({**outcome, "parts": {"first": 100.0, "second": 200.0}}))
+    said: list[str] = []
+    reproduce(1, seed=1, out=out, folder=papers, say=said.append)
+    assert said[0] == "first (about 5 min left)"
+    # The first part took next to nothing, so the second will too.
+    assert said[1] == "second (about 1 s left)"
+
+
+def test_the_time_left_without_parts_is_that_of_the_whole(papers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    outcome = reproduce(1, out=out, folder=papers)
+    path = out / "01" / "result.json"
+    del outcome["parts"]
+    path.write_text(json.dumps({**outcome, "seconds": 240.0}))
+    said: list[str] = []
+    reproduce(1, seed=1, out=out, folder=papers, say=said.append)
+    assert said == ["first (about 4 min left)", "second (about 4 min left)"]
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(papers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    reproduce(1, out=out, folder=papers)
+    part = out / "01" / "parts" / "smoke-0-first.json"
+    part.write_text(json.dumps({**json.loads(part.read_text()), "seconds": 1000.0}))
+    assert reproduce(1, out=out, folder=papers)["seconds"] >= 1000
+
+
 def test_another_budget_or_seed_is_another_run(papers: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

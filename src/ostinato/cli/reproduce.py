@@ -21,7 +21,8 @@ def reproduce(
 ) -> None:
     """Run the experiment of a system, and write the claims, the paper's numbers and ours.
 
-    An interrupted run goes on where it was: start it again with the same budget and seed.
+    Each part is told with the time left, if a run of the same budget was ever finished. An interrupted run goes on
+    where it was: start it again with the same budget and seed.
 
     [bold]Examples[/]
 
@@ -50,7 +51,8 @@ def reproduce(
                 index, budget, seed=seed, out=out_folder, say=lambda part, label=label: err.print(f"{label}  {part}")
             )
         except KeyboardInterrupt:
-            err.print(f"stopped; finished parts are kept: `ostinato reproduce {number} --budget {budget}` goes on")
+            again = f"ostinato reproduce {number} --budget {budget} --seed {seed} --out {out_folder}"
+            err.print(f"stopped; finished parts are kept: `{again}` goes on")
             raise typer.Exit(INTERRUPTED) from None
         except OstinatoError as error:
             if number != "all":

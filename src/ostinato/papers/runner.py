@@ -12,7 +12,8 @@ A paper's module, `papers/pNN_name.py`, holds two names:
         return [Measured("parity", ours=f"{accuracy:.2f}", holds=accuracy > 0.95)]
 
 `Run.part` is what makes a run resumable: the value of a finished part is kept on disk, and is not computed
-again. `reproduce` writes `reports/NN/`: `result.json`, `index.html`, `figure-*.svg`.
+again. `reproduce` writes `reports/NN/`: `result.json`, `index.html`, `figure-*.svg`. The time left is told from an
+earlier run of the same budget: the one that `reports/NN/` has, or the committed one.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ostinato.errors import ConfigurationError
-from ostinato.papers.catalogue import System, module_path, system
+from ostinato.papers.catalogue import System, module_path, result, system
 from ostinato.report import Figure, Page, Series, provenance, save_svg
 
 BUDGETS = {"smoke": "seconds", "cpu": "minutes on two cores", "gpu": "minutes on one H100"}
@@ -65,6 +66,15 @@ class Run:
     sizes: dict[str, Any] = field(default_factory=dict)
     """The widths, depths, lengths and steps that were used; they stand in the result."""
     figures: list[Figure] = field(default_factory=list)
+    expected: Mapping[str, float] = field(default_factory=dict)
+    """What each part took in an earlier run of this budget, in seconds; here or on another machine."""
+    expected_whole: float | None = None
+    """What that run took in all."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What each finished part took, kept ones too."""
+    kept: float = 0.0
+    """Seconds of the parts that an earlier run finished."""
+    started: float = field(default_factory=time.perf_counter)
 
     def choose(self, *, smoke: Any, cpu: Any, gpu: Any) -> Any:
         """The value for this run's budget."""
@@ -80,16 +90,50 @@ class Run:
         path = self.folder / "parts" / f"{self.budget}-{self.seed}-{name}.json"
         if path.is_file():
             self.say(f"{name}: kept from an earlier run")
-            return read_json(path)["value"]
-        self.say(name)
+            part = read_json(path)
+            self.seconds[name] = part["seconds"]
+            self.kept += part["seconds"]
+            return part["value"]
+        left = self.left()
+        self.say(name if left is None else f"{name} ({_duration(left)} left)")
         started = time.perf_counter()
         value = function(*args, **kwargs)
-        write_json(path, {"value": value, "seconds": round(time.perf_counter() - started, 3)})
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+        write_json(path, {"value": value, "seconds": self.seconds[name]})
         return value
+
+    def left(self) -> float | None:
+        """Seconds to the end, at the pace of this run so far; None if no earlier run tells."""
+        done = sum(self.expected.get(name, 0.0) for name in self.seconds)
+        spent = sum(seconds for name, seconds in self.seconds.items() if name in self.expected)
+        pace = spent / done if done > 0 else 1.0
+        if self.expected:
+            return pace * sum(seconds for name, seconds in self.expected.items() if name not in self.seconds)
+        if self.expected_whole is None:
+            return None
+        return max(0.0, self.expected_whole - self.kept - (time.perf_counter() - self.started))
 
     def figure(self, title: str, series: Sequence[Series], **options: Any) -> None:
         """Add a figure to the report."""
         self.figures.append(Figure(title, list(series), **options))
+
+
+def _duration(seconds: float) -> str:
+    """Words for a time that is known roughly."""
+    if seconds < 60:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min"
+
+
+def _earlier(which: System, budget: str, folder: Path) -> dict[str, Any]:
+    """A finished run of this budget: the report's own, or the committed one; empty if there is none."""
+    from ostinato.files import read_json
+
+    own = folder / "result.json"
+    for found in (read_json(own) if own.is_file() else None, result(which)):
+        if found is not None and found.get("budget") == budget:
+            return found
+    return {}
 
 
 def load(which: System, folder: Path | None = None) -> ModuleType:
@@ -140,8 +184,17 @@ def reproduce(
     if budget not in BUDGETS:
         raise ConfigurationError(f"there is no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
     module = load(which, folder)
-    run = Run(which, budget, seed, Path(out) / which.label, say)
-    started = time.perf_counter()
+    report = Path(out) / which.label
+    earlier = _earlier(which, budget, report)
+    run = Run(
+        which,
+        budget,
+        seed,
+        report,
+        say,
+        expected=earlier.get("parts", {}),
+        expected_whole=earlier.get("seconds"),
+    )
     measured = {row.key: row for row in module.experiment(run)}
     unknown = set(measured) - {claim.key for claim in module.claims}
     if unknown:
@@ -163,7 +216,8 @@ def reproduce(
         "seed": seed,
         "sizes": run.sizes,
         "claims": claims,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - run.started + run.kept, 1),
+        "parts": run.seconds,
         "machine": provenance(),
     }
     write_json(run.folder / "result.json", outcome)
