@@ -33,14 +33,15 @@ def test_the_equations() -> None:
     model = PointerNetwork(2, 6).double()
     inputs, targets = points(4, 1), torch.tensor([[2, 3, 0]])
     found = model(inputs, None, targets)
-    encoded, state = model.encoder(inputs)
+    embedded = inputs @ model.embedding.weight.T
+    encoded, state = model.encoder(embedded)
     keys = torch.cat([model.end[None], encoded[0]])
-    reads = [model.start, inputs[0, 1], inputs[0, 2]]
+    reads = [model.start, embedded[0, 1], embedded[0, 2]]
     for step, read in enumerate(reads):
-        decoded, state = model.decoder(read.view(1, 1, 2), state)
+        decoded, state = model.decoder(read.view(1, 1, 6), state)
         attention = model.attention
         scores = [
-            attention.score.weight[0] @ torch.tanh(attention.keys.weight @ e + attention.query.weight @ decoded[0, 0])
+            attention.score @ torch.tanh(attention.keys.weight @ e + attention.query.weight @ decoded[0, 0])
             for e in keys
         ]
         torch.testing.assert_close(found[0, step], torch.stack(scores).log_softmax(0))
@@ -50,12 +51,15 @@ def test_with_attention_the_summary_is_fed_back() -> None:
     model = Seq2Seq(2, 6, 5, attention=True).double()
     inputs = points(5, 1)
     found = model(inputs, None, torch.tensor([[2, 0]]))
-    encoded, state = model.encoder(inputs)
+    embedded = inputs @ model.embedding.weight.T
+    encoded, state = model.encoder(embedded)
     summary = torch.zeros(1, 1, 12, dtype=torch.float64)
-    for step, read in enumerate([model.start, inputs[0, 1]]):
-        decoded, state = model.decoder(torch.cat([read.view(1, 1, 2), summary], -1), state)
+    for step, read in enumerate([model.start, embedded[0, 1]]):
+        decoded, state = model.decoder(torch.cat([read.view(1, 1, 6), summary], -1), state)
         attention = model.attention
-        weights = attention.score(torch.tanh(attention.keys(encoded) + attention.query(decoded))).softmax(1)
+        weights = (torch.tanh(attention.keys(encoded) + attention.query(decoded)) @ attention.score)[..., None].softmax(
+            1
+        )
         summary = torch.cat([decoded, (weights * encoded).sum(1, keepdim=True)], -1)
         torch.testing.assert_close(found[0, step], model.readout(summary)[0, 0].log_softmax(0))
 

@@ -33,17 +33,22 @@ class PointerAttention(nn.Module):
         super().__init__()
         self.keys = nn.Linear(hidden, hidden, bias=False)
         self.query = nn.Linear(hidden, hidden, bias=False)
-        self.score = nn.Linear(hidden, 1, bias=False)
+        self.score = nn.Parameter(torch.empty(hidden).uniform_(-(hidden**-0.5), hidden**-0.5))
 
     def forward(
         self, keys: Float[Tensor, "batch n hidden"], states: Float[Tensor, "batch steps hidden"]
     ) -> Float[Tensor, "batch steps n"]:
         """Scores of every input at every step; `keys` are W_1 e_j, made once by `self.keys`."""
-        return self.score(torch.tanh(keys[:, None] + self.query(states)[:, :, None])).squeeze(-1)
+        # A product with a vector: as a matrix of one column it is several times as slow, most of all backward.
+        return torch.tanh(keys[:, None] + self.query(states)[:, :, None]) @ self.score
 
 
 class PointingModel(nn.Module, ABC):
     """The encoder, the decoder's loop and the search, which the pointer network and its baselines share.
+
+    Points enter both by one linear embedding. It adds no function that an LSTM does not have; but an LSTM's weights
+    start as small for 2 coordinates as for a hidden state, so that without it what tells one point from another
+    starts several times smaller, and training stands still for thousands of steps before it points at anything.
 
     Args:
         input_size: coordinates of a point.
@@ -69,9 +74,10 @@ class PointingModel(nn.Module, ABC):
                 f"sizes must be at least 1, got input_size {input_size}, hidden {hidden}, num_layers {num_layers}"
             )
         self.end_token, self.mask_visited, self.summary = end_token, mask_visited, summary
-        self.encoder = nn.LSTM(input_size, hidden, num_layers, batch_first=True)
-        self.decoder = nn.LSTM(input_size + summary, hidden, num_layers, batch_first=True)
-        self.start = nn.Parameter(torch.zeros(input_size))
+        self.embedding = nn.Linear(input_size, hidden, bias=False)
+        self.encoder = nn.LSTM(hidden, hidden, num_layers, batch_first=True)
+        self.decoder = nn.LSTM(hidden + summary, hidden, num_layers, batch_first=True)
+        self.start = nn.Parameter(torch.randn(hidden) * hidden**-0.5)
 
     @abstractmethod
     def prepare(self, encoded: Float[Tensor, "batch n hidden"]) -> Tensor:
@@ -98,10 +104,11 @@ class PointingModel(nn.Module, ABC):
     def encode(self, points: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Carried]:
         """The encoder's states (zero beyond a length), which points are there, and what the decoder begins with."""
         n = points.shape[1]
+        embedded = self.embedding(points)
         if int(lengths.min()) == n:
-            encoded, (hidden, cell) = self.encoder(points)
+            encoded, (hidden, cell) = self.encoder(embedded)
         else:
-            packed = pack_padded_sequence(points, lengths, batch_first=True, enforce_sorted=False)
+            packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
             packed, (hidden, cell) = self.encoder(packed)
             encoded, _ = pad_packed_sequence(packed, batch_first=True, total_length=n)
         valid = torch.arange(n, device=points.device) < lengths.to(points.device)[:, None]
@@ -160,7 +167,7 @@ class PointingModel(nn.Module, ABC):
         encoded, valid, carried = self.encode(points, lengths)
         prepared = self.prepare(encoded)
         pointed = targets[:, :-1].clamp(min=0)
-        inputs = torch.cat([self.start.expand(batch, 1, -1), _at(points, pointed)], dim=1)
+        inputs = torch.cat([self.start.expand(batch, 1, -1), self.embedding(_at(points, pointed))], dim=1)
         if self.summary:
             pieces = []
             for step in range(inputs.shape[1]):
@@ -229,7 +236,7 @@ class PointingModel(nn.Module, ABC):
             made = torch.cat([made[rows], symbols[:, None]], dim=1)
             ended = ended[rows] | (symbols == END)
             visited = visited[rows] | (functional.one_hot(symbols, outputs)[:, 1 : n + 1] > 0)
-            inputs = _at(points, symbols.clamp(max=n)[:, None])
+            inputs = self.embedding(_at(points, symbols.clamp(max=n)[:, None]))
             if bool(ended.all()):
                 break
         return made.view(batch, beam, -1)[:, 0], total[:, 0]
@@ -302,8 +309,8 @@ class Seq2Seq(PointingModel):
         return lengths
 
     def prepare(self, encoded: Float[Tensor, "batch n hidden"]) -> Tensor:
-        """The encoder's states themselves."""
-        return encoded
+        """The encoder's states themselves, and W_1 of them beside if there is attention."""
+        return encoded if self.attention is None else torch.cat([encoded, self.attention.keys(encoded)], dim=-1)
 
     def outputs(
         self, prepared: Tensor, valid: Tensor, states: Float[Tensor, "batch steps hidden"]
@@ -311,9 +318,10 @@ class Seq2Seq(PointingModel):
         """A score for every symbol of the vocabulary; with attention also [d ; d']."""
         if self.attention is None:
             return self.readout(states), None
-        scores = self.attention(self.attention.keys(prepared), states)
+        encoded, keys = prepared.chunk(2, dim=-1)
+        scores = self.attention(keys, states)
         weights = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1)
-        both = torch.cat([states, weights @ prepared], dim=-1)
+        both = torch.cat([states, weights @ encoded], dim=-1)
         return self.readout(both), both[:, -1]
 
 
