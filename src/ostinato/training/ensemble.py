@@ -4,7 +4,8 @@
     scores = [evaluate(model, task) for model in ensemble]
 
 Member s is what `fit(build(s), task, seed=s, …)` would give, up to rounding: its own initial values, its own batches,
-its own clipping. For small models, whose steps cost more to launch than to compute, several cost little more than one.
+its own clipping. For small models, whose steps cost more to launch than to compute, several cost little more than one;
+on a GPU a step is launched as one graph (`ostinato.training.recorded`). One member alone is trained without the map.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from ostinato.errors import ConfigurationError, DivergenceError
-from ostinato.tasks.base import Task
+from ostinato.tasks.base import Batch, Task
 from ostinato.training.parameters import parameter_groups
+from ostinato.training.recorded import Recorded
 from ostinato.training.schedules import warmup_cosine
 
 
@@ -93,26 +95,51 @@ def fit_together(
         {**group, "params": [stacked[name] for name in group["names"]]}
         for group in parameter_groups(model, learning_rate, weight_decay)
     ]
-    optimizer = torch.optim.AdamW(groups, betas=betas)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=betas, capturable=on_gpu)
     rates = [group["lr"] for group in groups]
+    if on_gpu:  # a recorded step reads its rates from tensors
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
     factor = warmup_cosine(steps, warmup, final_learning_rate)
+    current = _stacked([task.train_batch(0, batch_size, seed) for seed in seeds], device)
+    each = torch.zeros(len(seeds), dtype=torch.float64, device=device)
+    finite = torch.ones(len(seeds), dtype=torch.bool, device=device)
 
     def logits_of(parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
         return functional_call(model, parameters, (tokens,))[0]
 
+    def update() -> None:
+        optimizer.zero_grad()
+        if len(seeds) == 1:
+            logits = logits_of({name: value[0] for name, value in stacked.items()}, current.inputs[0]).unsqueeze(0)
+        else:
+            logits = vmap(logits_of)(stacked, current.inputs)
+        losses = torch.stack([task.loss(logits[member], _member(current, member)) for member in range(len(seeds))])
+        losses.sum().backward()
+        each.copy_(losses.detach())
+        finite.copy_(_clip_each(list(stacked.values()), clip))
+        optimizer.step()
+
+    recorded = Recorded(update, device)
     losses: list[list[float]] = []
     in_a_row = torch.zeros(len(seeds), dtype=torch.long)
     for step in range(steps):
-        batches = [task.train_batch(step, batch_size, seed).to(device) for seed in seeds]
-        tokens = torch.stack([batch.inputs for batch in batches])
-        logits = vmap(logits_of)(stacked, tokens)
-        each = torch.stack([task.loss(part, batch) for part, batch in zip(logits, batches, strict=True)])
-        optimizer.zero_grad()
-        each.sum().backward()
-        finite = _clip_each(list(stacked.values()), clip)
+        if step:
+            batch = _stacked([task.train_batch(step, batch_size, seed) for seed in seeds], torch.device("cpu"))
+            if batch.inputs.shape != current.inputs.shape:
+                raise ConfigurationError(
+                    f"{type(task).__name__} has batches of different shapes, {tuple(current.inputs.shape[1:])} and "
+                    f"{tuple(batch.inputs.shape[1:])}: train its seeds one by one, by fit"
+                )
+            for mine, new in zip(current[:3], batch[:3], strict=True):
+                mine.copy_(new)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor(step)
-        optimizer.step()
+            if on_gpu:
+                group["lr"].fill_(rate * factor(step))
+            else:
+                group["lr"] = rate * factor(step)
+        recorded()
         if step % 10 == 9 or step == steps - 1:
             # Looked at now and then only: on a GPU it would wait for the step to end.
             in_a_row = torch.where(finite.cpu(), 0, in_a_row + 1)
@@ -123,9 +150,19 @@ def fit_together(
                     f"at before: lower the learning rate ({learning_rate})"
                 )
         if (step + 1) % max(1, steps // 10) == 0:
-            losses.append(each.detach().cpu().tolist())
+            losses.append(each.tolist())
             say(f"step {step + 1} of {steps}, loss " + ", ".join(f"{loss:.4f}" for loss in losses[-1]))
     return Ensemble(model, {name: value.detach() for name, value in stacked.items()}, seeds, losses)
+
+
+def _stacked(batches: list[Batch], device: torch.device) -> Batch:
+    """The members' batches as one, along a leading axis."""
+    inputs, targets, mask = (torch.stack([batch[part] for batch in batches]).to(device) for part in range(3))
+    return batches[0]._replace(inputs=inputs, targets=targets, mask=mask)
+
+
+def _member(batch: Batch, member: int) -> Batch:
+    return batch._replace(inputs=batch.inputs[member], targets=batch.targets[member], mask=batch.mask[member])
 
 
 @torch.no_grad()
