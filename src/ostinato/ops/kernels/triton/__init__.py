@@ -52,6 +52,12 @@ def _newton_scan() -> ModuleType:
     return newton_scan
 
 
+def _matrix_step() -> ModuleType:
+    from ostinato.ops.kernels.triton import matrix_step
+
+    return matrix_step
+
+
 def _register(engine: str, module: Callable[[], ModuleType]) -> None:
     def refuses(*arguments: Any) -> str | None:
         return unavailable(arguments) or module().refuses(*arguments)
@@ -73,3 +79,21 @@ for _engine, _module in {
     "newton_scan": _newton_scan,
 }.items():
     _register(_engine, _module)
+
+
+def _register_step(engine: str) -> None:
+    """A route for single steps without derivatives: one launch."""
+
+    def refuses(*arguments: Any) -> str | None:
+        return unavailable(arguments) or _matrix_step().refuses(*arguments)
+
+    def declines(*_: Any) -> str | None:
+        return "Triton's interpreter is for tests" if INTERPRETED else None
+
+    @ENGINES[engine].route("triton_step", priority=30, refuses=refuses, declines=declines)
+    def run(*arguments: Any) -> Any:
+        return getattr(_matrix_step(), f"run_{engine}")(*arguments)
+
+
+for _engine in ("linear_attention", "exponential_attention", "delta_rule"):
+    _register_step(_engine)
