@@ -34,11 +34,10 @@ claims = (
     Claim("speed", "Newton with three iterations beats the loop at T = 4096, forward", theirs="up to 665× on a GPU"),
     Claim("speed of training", "so it does forward and backward", theirs="up to 665× on a GPU"),
     Claim("same", "training by Newton and by the loop gives the same loss curve", theirs="the same model"),
-    Claim(
-        "tasks",
-        "the nonlinear cell solves parity and 2-hop, a linear diagonal one does not",
-        theirs="solved, no number",
-    ),
+    Claim("parity", "the nonlinear cell solves parity, a linear diagonal one does not", theirs="solved, no number"),
+    Claim("2-hop", "the nonlinear cell solves 2-hop, a linear diagonal one does not", theirs="solved, no number"),
+    Claim("recall", "the nonlinear cell solves MQAR, Mamba-2 does not", theirs="solved, no number"),
+    Claim("7B", "perplexity of 7B models: ParaGRU 9.19, ParaLSTM 9.16, Mamba-2 8.62", theirs="9.19, 9.16, 8.62"),
 )
 
 _BOUNDED = {
@@ -52,9 +51,15 @@ _ARMS = {
     "ParaGRU, Newton": ("para_gru(iterations=4)", "parallel"),
     "ParaGRU, loop": ("para_gru", "reference"),
     "ParaGRU, bound 4": ("para_gru(iterations=8, max_recurrent=4.0)", "parallel"),
+    "GRU": ("gru", "reference"),
     "MinGRU": ("min_gru", "parallel"),
     "LRU": ("lru", "parallel"),
 }
+_LEARNING = {
+    "parity": (1, ("ParaGRU, Newton", "ParaGRU, bound 4", "GRU", "MinGRU", "LRU")),
+    "multi_hop": (2, ("ParaGRU, Newton", "MinGRU", "LRU")),
+}
+"""Layers and arms by task; two hops are two lookups."""
 
 
 def experiment(run: Run) -> list[Measured]:
@@ -113,29 +118,26 @@ def experiment(run: Run) -> list[Measured]:
         log_x=True,
         log_y=True,
     )
-    steps = run.choose(smoke=4, cpu=500, gpu=1500)
-    members = run.choose(smoke=1, cpu=3, gpu=3)
+    steps = {
+        "parity": run.choose(smoke=4, cpu=1000, gpu=1000),
+        "multi_hop": run.choose(smoke=4, cpu=1000, gpu=2000),
+    }
+    members, test_size = run.choose(smoke=1, cpu=3, gpu=3), run.choose(smoke=16, cpu=128, gpu=256)
     curves = run.part("loss curves", _same_curves, run.choose(smoke=3, cpu=40, gpu=100), run.seed)
-    learned: dict[str, dict[str, Any]] = {}
-    for task in ("parity", "multi_hop"):
-        for arm in _ARMS:
-            learned.setdefault(task, {})[arm] = run.part(
-                f"{task} {arm}",
-                _learn,
-                task,
-                arm,
-                steps,
-                members,
-                run.seed,
-                run.choose(smoke=16, cpu=128, gpu=256),
-                device,
-            )
+    learned: dict[str, dict[str, Any]] = {
+        task: {
+            arm: run.part(f"{task} {arm}", _learn, task, arm, steps[task], members, run.seed, test_size, device)
+            for arm in arms
+        }
+        for task, (_, arms) in _LEARNING.items()
+    }
     run.sizes |= {
         "lengths": list(lengths),
         "width": width,
         "unstable cells": f"{', '.join(f'{count} of scale {scale}' for scale, count in seeds.items())}, "
         f"T = {unstable_time}, float64, at most 300 iterations",
-        "learning": f"2 layers, width 32, batch 32, {steps} steps, {members} seeds, trained at length 40 and below",
+        "learning": f"width 32, batch 64, rate 5e-3, {members} seeds, trained at length 40 and below",
+        "parity, 2-hop": f"{steps['parity']} steps of one layer, {steps['multi_hop']} of two",
         "device": device,
     }
     return [
@@ -145,8 +147,10 @@ def experiment(run: Run) -> list[Measured]:
         *_explosions(unstable, run.budget),
         _gradient(gradients),
         *_faster(speed, device),
-        _same(curves, learned),
-        _solved(learned, run.budget),
+        _same(curves),
+        *_solved(learned, run.budget),
+        Measured("recall", "not measured", None, "MQAR is in the tasks, but no setting of the paper's could be read"),
+        Measured("7B", "not measured", None, "thousands of GPU hours"),
     ]
 
 
@@ -351,8 +355,8 @@ def _faster(speed: dict[str, dict[str, float]], device: str) -> list[Measured]:
     return rows
 
 
-def _build(plan: str, task: Task, dtype: torch.dtype, seed: int) -> nn.Module:
-    return TokenClassifier(task.vocab_size, 32, plan, 2).to(dtype)
+def _build(plan: str, task: Task, layers: int, dtype: torch.dtype, seed: int) -> nn.Module:
+    return TokenClassifier(task.vocab_size, 32, plan, layers).to(dtype)
 
 
 def _same_curves(steps: int, seed: int) -> list[float]:
@@ -363,7 +367,12 @@ def _same_curves(steps: int, seed: int) -> list[float]:
         plan, route = _ARMS[arm]
         with ostinato.backend(newton_scan=route):
             trained = fit_together(
-                functools.partial(_build, plan, task, torch.float64), task, [seed], steps=steps, warmup=5, device="cpu"
+                functools.partial(_build, plan, task, 2, torch.float64),
+                task,
+                [seed],
+                steps=steps,
+                warmup=5,
+                device="cpu",
             )
         found += [losses[0] for losses in trained.losses]
     return found
@@ -377,11 +386,12 @@ def _learn(
     plan, route = _ARMS[arm]
     with ostinato.backend(newton_scan=route):
         trained = fit_together(
-            functools.partial(_build, plan, task, torch.float32),
+            functools.partial(_build, plan, task, _LEARNING[name][0], torch.float32),
             task,
             range(seed, seed + members),
             steps=steps,
-            batch_size=32,
+            batch_size=64,
+            learning_rate=5e-3,
             device=device,
         )
     with ostinato.backend(newton_scan="reference"):
@@ -393,38 +403,39 @@ def _learn(
     }
 
 
-def _same(curves: list[float], learned: dict[str, dict[str, Any]]) -> Measured:
+def _same(curves: list[float]) -> Measured:
     half = len(curves) // 2
     gap = max(abs(a - b) / abs(b) for a, b in zip(curves[:half], curves[half:], strict=True))
-    ends = [
-        abs(a - b)
-        for arms in learned.values()
-        for a, b in zip(arms["ParaGRU, Newton"]["loss"], arms["ParaGRU, loop"]["loss"], strict=True)
-    ]
     return Measured(
         "same",
         ours=f"relative difference of the losses at most {gap:.1e} in float64",
         holds=gap < 1e-8,
-        note=f"in float32 rounding grows: the last losses of the long runs differ by at most {max(ends):.1e}",
+        note="two layers on parity, ten moments of the training",
     )
 
 
-def _solved(learned: dict[str, dict[str, Any]], budget: str) -> Measured:
-    def mean(task: str, arm: str, length: str = "256") -> float:
-        return statistics.mean(learned[task][arm][length])
-
-    parts = []
-    for task in learned:
-        cells = ", ".join(f"{arm} {mean(task, arm, '40'):.3f} / {mean(task, arm):.3f}" for arm in _ARMS)
-        parts.append(f"{task}: {cells}")
-    linear = ("MinGRU", "LRU")
-    holds = all(
-        mean(task, "ParaGRU, Newton") > 0.95 and max(mean(task, arm) for arm in linear) < 0.9 for task in learned
-    )
-    return Measured(
-        "tasks",
-        ours="accuracy at length 40 / 256, means over seeds. " + "; ".join(parts),
-        holds=None if budget == "smoke" else holds,
-        note="chance is 0.5 for parity and 0.25 for 2-hop. With weights in ±0.5 the slope of a channel's step stays "
-        "above −1, so no channel can swap two states for ever; the arm with bound 4 tells whether that matters",
-    )
+def _solved(learned: dict[str, dict[str, Any]], budget: str) -> list[Measured]:
+    notes = {
+        "parity": "chance 0.5. With weights in ±0.5 the slope of a channel's step stays above −1, so no channel can "
+        "swap two states for ever: it is the bound that forbids parity, as the arm with bound 4 tells by its best seed",
+        "multi_hop": "chance 0.25",
+    }
+    rows = []
+    for key, task in (("parity", "parity"), ("2-hop", "multi_hop")):
+        mean = {arm: statistics.mean(scores["256"]) for arm, scores in learned[task].items()}
+        shown = ", ".join(
+            f"{arm} {' '.join(f'{score:.3f}' for score in scores['256'])}" for arm, scores in learned[task].items()
+        )
+        near = ", ".join(f"{arm} {statistics.mean(scores['40']):.3f}" for arm, scores in learned[task].items())
+        rows.append(
+            Measured(
+                key,
+                ours=f"accuracy at length 256 by seed: {shown}",
+                holds=None
+                if budget == "smoke"
+                else mean["ParaGRU, Newton"] > 0.95 and max(mean["MinGRU"], mean["LRU"]) < 0.9,
+                note=f"means at the trained length 40: {near}; asked for: above 0.95 at 256, the linear cells below "
+                f"0.9; {notes[task]}",
+            )
+        )
+    return rows
