@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -453,9 +454,126 @@ def first_results(names: list[str]) -> list[Row]:
     return rows
 
 
+LAYERS, WIDTH = 12, 768
+PLAN = "gated_delta_net(heads=6, expand_k=1, expand_v=1)"
+
+
+def language_model() -> Any:
+    torch.manual_seed(0)
+    return ostinato.LanguageModel(d_model=WIDTH, plan=PLAN, depth=LAYERS).cuda()
+
+
+def with_fla_layers(model: Any) -> Any:
+    """The same model, its mixers replaced by flash-linear-attention's of the same sizes."""
+    from fla.layers import GatedDeltaNet
+
+    from ostinato.mixers.base import Mixer
+
+    allow_fla_on_hopper()
+
+    class Theirs(Mixer):
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__(WIDTH)
+            self.layer = layer
+
+        def mix(self, x: Tensor, state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
+            return self.layer(x)[0], state
+
+        def initial_state(self, batch_size: int) -> Tensor:
+            return self.zeros(batch_size, 1)
+
+    for index, block in enumerate(model.backbone.blocks):
+        layer = GatedDeltaNet(hidden_size=WIDTH, expand_v=1, head_dim=WIDTH // 6, num_heads=6, layer_idx=index)
+        block.mixer = Theirs(layer).cuda()
+    return model
+
+
+def training(steps: int = 24, batch: int = 8, window: int = 2048, peers: bool = True) -> list[Row]:
+    """Tokens a second of `fit`, bf16, 12 layers of width 768, ours and the same model on the peer's layers."""
+    from ostinato.training import fit
+
+    task = ostinato.task("text", corpus="stdlib", window=window, carry=False, max_bytes=4_000_000)
+    makers = {"ours": language_model, "ours, compiled": language_model}
+    if peers:
+        makers["flash-linear-attention layers"] = lambda: with_fla_layers(language_model())
+        makers["flash-linear-attention layers, compiled"] = makers["flash-linear-attention layers"]
+    rows = []
+    for name, make in makers.items():
+        try:
+            model = make()
+            if "compiled" in name:
+                for block in model.backbone.blocks:
+                    block.compile()
+            ends: list[float] = []
+
+            def note(report: Any, ends: list[float] = ends) -> None:
+                torch.cuda.synchronize()
+                ends.append(time.perf_counter())
+
+            history = fit(
+                model, task, steps=steps, batch_size=batch, learning_rate=1e-3, mixed_precision="bf16",
+                evaluate_every=0, evaluation_batches=1, progress=False, callbacks=[note],
+            )  # fmt: skip
+            taken = [after - before for before, after in pairwise(ends[4:])]
+            rate = batch * window / statistics.median(taken)
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            row = {
+                "model": f"{LAYERS} layers of {PLAN}, d{WIDTH}, B{batch} T{window}, bf16, ours by `fit`",
+                "side": name,
+                "tokens a second": round(rate),
+                "peak memory, GiB": round(peak, 2),
+                "loss at the last step": round(history.losses[-1], 4),
+            }
+            rows.append(row)
+            print(
+                f"training, {name:42} {rate:12,.0f} tokens/s  {peak:6.2f} GiB  loss {history.losses[-1]:.3f}",
+                flush=True,
+            )
+        except Exception as error:
+            print(f"left out: training, {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return rows
+
+
+def streaming() -> list[Row]:
+    """Microseconds for one token, batch 1, of the same model in bf16: plain, as a CUDA graph, compiled."""
+    from ostinato.models.captured import CapturedStep
+
+    rows = []
+    model = language_model().to(torch.bfloat16).eval()
+    state = model.read("Once upon a time")
+    token = torch.tensor([5], device="cuda")
+    bytes_read = sum(p.numel() * 2 for p in model.parameters()) + 2 * ostinato.state.num_bytes(state)
+    ways: dict[str, Callable[[], Callable[[], Any]]] = {
+        "plain": lambda: lambda: model.advance(token, state),
+        "CUDA graph": lambda: (lambda step: lambda: step(token))(CapturedStep(model, state)),
+        "CUDA graph, compiled": lambda: (lambda step: lambda: step(token))(CapturedStep(model, state, compile=True)),
+    }
+    for name, make in ways.items():
+        try:
+            call = make()
+            for _ in range(10):
+                call()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(100):
+                call()
+            torch.cuda.synchronize()
+            microseconds = (time.perf_counter() - begin) * 1e4
+        except Exception as error:
+            print(f"left out: streaming, {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            continue
+        rows.append({"way": name, "µs a token": round(microseconds, 1), "bytes a token": bytes_read})
+        print(f"streaming, {name:24} {microseconds:10.1f} µs a token", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="speed,lengths,first", help="which parts, separated by commas")
+    parser.add_argument(
+        "--only", default="first,speed,lengths,streaming,training", help="which parts, separated by commas"
+    )
     parser.add_argument("--calls", default=",".join(CALLS), help="which calls, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="time only ours")
     parser.add_argument("--first", help="run one call once and stop: what the part `first` starts")
@@ -483,6 +601,10 @@ def main() -> None:
         report["speed"] = speed(names, not options.no_peers, ceiling)
     if "lengths" in parts:
         report["lengths"] = lengths()
+    if "streaming" in parts:
+        report["streaming"] = streaming()
+    if "training" in parts:
+        report["training"] = training(peers=not options.no_peers)
     write_json(options.out, report)
     print(f"written to {options.out}")
 
