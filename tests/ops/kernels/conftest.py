@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,3 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run here."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+if _INSTALLED and INTERPRETED:
+    # Triton 3.6's interpreter takes int() of arrays of one element, which NumPy 2.4 refuses: bounds of loops.
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patched(tensor: Any, scope: Any) -> None:
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patched
