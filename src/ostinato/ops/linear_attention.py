@@ -18,7 +18,7 @@ from ostinato.ops.checks import (
     check_reset,
     check_sequence,
     check_shape,
-    own_precision,
+    in_accumulation_dtype,
 )
 from ostinato.ops.chunk_states import chunk_states
 from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, cut, join, scaled
@@ -47,17 +47,25 @@ def decay_factor(log_decay: Tensor) -> Tensor:
     return factor.unsqueeze(-1) if factor.ndim == 3 else factor.unsqueeze(-1).unsqueeze(-1)
 
 
+def zero_state(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The state before the first step where none is passed, in the type that states are kept in."""
+    batch, _, heads, key_dim = keys.shape
+    return queries.new_zeros(batch, heads, key_dim, values.shape[-1], dtype=accumulation_dtype(queries.dtype))
+
+
 @_engine.route("reference")
+@in_accumulation_dtype
 def _reference(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     log_decay: Tensor | None,
-    state: Tensor,
+    state: Tensor | None,
     reset: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     outputs = []
+    state = zero_state(queries, keys, values) if state is None else state
     for t in range(queries.shape[1]):
         if reset is not None:
             state = state.masked_fill(reset[:, t].view(-1, 1, 1, 1), 0)
@@ -72,16 +80,18 @@ def _one_step(queries: Tensor, *_: object) -> str | None:
 
 
 @_engine.route("parallel", priority=10, declines=_one_step)
+@in_accumulation_dtype
 def _parallel(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     log_decay: Tensor | None,
-    state: Tensor,
+    state: Tensor | None,
     reset: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     time = queries.shape[1]
+    state = zero_state(queries, keys, values) if state is None else state
     length = chunk_length(chunk_size, time)
     decay = chunk_decay(log_decay, reset, length, queries.dtype)
     q, k, v = cut(queries, length), cut(keys, length), cut(values, length)
@@ -161,11 +171,5 @@ def linear_attention(
     check_chunk_size(chunk_size)
     if validate:
         check_finite(queries=queries, keys=keys, values=values, log_decay=log_decay, state=state)
-    dtype = accumulation_dtype(queries.dtype)
-    q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
-    decay = None if log_decay is None else log_decay.to(dtype)
-    batch, _, heads, key_dim = q.shape
-    initial = q.new_zeros(batch, heads, key_dim, v.shape[-1]) if state is None else state.to(dtype)
-    with own_precision(q):
-        outputs, last = _engine(q, k, v, decay, initial, reset, chunk_size)
+    outputs, last = _engine(queries, keys, values, log_decay, state, reset, chunk_size)
     return outputs.to(queries.dtype), last
