@@ -1,4 +1,4 @@
-"""Planar problems whose answer is a sequence of positions of the input: hulls, triangulations, tours; and sorting.
+"""Planar problems whose answer is a sequence of positions of the input: hulls and triangulations; and sorting.
 
     data = convex_hulls(np.random.default_rng(0), rows=128, n=10)
     data.points                   # (128, 10, 2), uniform in the unit square
@@ -6,7 +6,7 @@
 
 Labels are exact, and those of many instances are computed at once, in NumPy. Conventions (arXiv 1506.03134, section 4;
 orders partly ours): a hull runs counter-clockwise from its lowest index; triangles are index triples in rising order,
-ordered by their incentres; a tour starts at the first city, and of its two directions visits the lower index first.
+ordered by their incentres. Tours are in `tasks/tours.py`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,6 @@ def convex_hulls(rng: np.random.Generator, rows: int, n: int) -> Pointing:
     return Pointing(points, hull_targets(points))
 
 
-def tours(rng: np.random.Generator, rows: int, n: int) -> Pointing:
-    """Shortest tours through `n` uniform cities; there is no END, a tour has n stops."""
-    points = rng.random((rows, n, 2))
-    return Pointing(points, shortest_tours(points) + 1)
-
-
 def sorting(rng: np.random.Generator, rows: int, n: int) -> Pointing:
     """`n` uniform numbers, to be pointed at from the lowest to the highest; there is no END."""
     numbers = rng.random((rows, n, 1))
@@ -51,12 +45,9 @@ def sorting(rng: np.random.Generator, rows: int, n: int) -> Pointing:
 
 def delaunay(rng: np.random.Generator, rows: int, n: int) -> Pointing:
     """Delaunay triangulations of `n` uniform points, three pointers a triangle; END after the last."""
+    require(n >= 3, f"a triangulation needs at least 3 points, got {n}")
     points = rng.random((rows, n, 2))
-    answers = [[*(np.array(triangulation(each)).ravel() + 1), END] for each in points]
-    targets = np.full((rows, max(map(len, answers))), FILL)
-    for row, answer in zip(targets, answers, strict=True):
-        row[: len(answer)] = answer
-    return Pointing(points, targets)
+    return Pointing(points, delaunay_targets(points))
 
 
 def _cross(first: Array, second: Array) -> Array:
@@ -79,100 +70,77 @@ def convex_hull(points: Float[Array, "n 2"]) -> list[int]:
 
 
 def hull_targets(points: Float[Array, "rows n 2"]) -> Int[Array, "rows steps"]:
-    """The hulls of many sets of points at once, as targets: O(n³), but without a loop over rows.
+    """The hulls of many sets of points at once, as targets: Jarvis's march, O(n) a vertex, without a loop over rows.
 
-    i → j is an edge of the counter-clockwise hull if every other point lies to its left.
+    From the lowest point to the right at first, then always on to the point for which the way turns left the least.
+    For points in general position: no three on one line.
     """
     rows, n, _ = points.shape
-    offset = points[:, None] - points[:, :, None]  # from i to j
-    left = _cross(offset[:, :, :, None], offset[:, :, None, :]) > 0
-    others = np.eye(n, dtype=bool)
-    left |= others[:, None, :] | others[None, :, :]
-    edge = left.all(axis=3) & ~others
-    after = edge.argmax(axis=2)
-    start = edge.any(axis=2).argmax(axis=1)
-    targets = np.full((rows, n + 1), FILL)
-    here, open_ = start.copy(), np.ones(rows, dtype=bool)
     every = np.arange(rows)
-    for step in range(n + 1):
-        targets[open_, step] = here[open_] + 1
-        if step:
-            closed = open_ & (here == start)
-            targets[closed, step] = END
-            open_ &= ~closed
-        here = after[every, here]
-    return targets[:, : int((targets != FILL).any(axis=0).sum())]
+    start = points[..., 1].argmin(axis=1)
+    here, heading = start.copy(), np.zeros(rows)
+    marched = []
+    open_ = np.ones(rows, dtype=bool)
+    while open_.any():
+        marched.append(np.where(open_, here, n))
+        offset = points - points[every, here][:, None]
+        angles = np.arctan2(offset[..., 1], offset[..., 0])
+        turns = (angles - heading[:, None]) % (2 * np.pi)
+        turns[every, here] = np.inf
+        here = turns.argmin(axis=1)
+        heading = angles[every, here]
+        open_ &= here != start
+    hulls = np.stack(marched, axis=1)  # counter-clockwise, filled up with n
+    counts = (hulls < n).sum(axis=1)
+    steps = np.arange(hulls.shape[1] + 1)
+    turned = (steps + hulls.argmin(axis=1)[:, None]) % counts[:, None]
+    targets = np.take_along_axis(hulls, turned, axis=1) + 1
+    targets[steps > counts[:, None]] = FILL
+    targets[every, counts] = END
+    return targets
 
 
-def triangulation(points: Float[Array, "n 2"]) -> list[tuple[int, int, int]]:
-    """The Delaunay triangles: those whose circumcircle holds no other point. O(n⁴): for small sets."""
-    triples = np.array(list(combinations(range(len(points)), 3)))
-    a, b, c = (points[triples[:, corner]] for corner in range(3))
+def delaunay_targets(points: Float[Array, "rows n 2"]) -> Int[Array, "rows steps"]:
+    """The Delaunay triangulations of many sets of points at once, as targets: O(n⁴) each, for small sets.
+
+    A triangle is one of Delaunay's if its circumcircle holds no other point: with a, b, c counter-clockwise and
+    relative to p, p is inside if |a|² b×c + |b|² c×a + |c|² a×b > 0.
+    """
+    size = max(1, 2_000_000 // points.shape[1] ** 4)  # so that a piece stays near the processor
+    pieces = [_delaunay_piece(points[i : i + size]) for i in range(0, len(points), size)]
+    steps = max(piece.shape[1] for piece in pieces)
+    return np.concatenate([np.pad(p, ((0, 0), (0, steps - p.shape[1])), constant_values=FILL) for p in pieces])
+
+
+def _delaunay_piece(points: Float[Array, "rows n 2"]) -> Int[Array, "rows steps"]:
+    rows, n, _ = points.shape
+    triples = np.array(list(combinations(range(n), 3)))
+    a, b, c = (points[:, triples[:, corner]] for corner in range(3))
     turn = np.sign(_cross(b - a, c - a))
-    rows = [corner[:, None] - points[None] for corner in (a, b, c)]
-    squares = [(row**2).sum(-1) for row in rows]
-    inside = sum(squares[i] * _cross(rows[(i + 1) % 3], rows[(i + 2) % 3]) for i in range(3)) * turn[:, None]
-    for corner in range(3):
-        inside[np.arange(len(triples)), triples[:, corner]] = -1
-    chosen = (inside <= 0).all(axis=1) & (turn != 0)
-    sides = [np.linalg.norm(q - p, axis=1) for p, q in ((b, c), (c, a), (a, b))]
-    weighted = sum(side[:, None] * corner for side, corner in zip(sides, (a, b, c), strict=True))
-    incentres = (weighted / sum(sides)[:, None])[chosen]
-    order = np.lexsort((incentres[:, 1], incentres[:, 0]))
-    return [tuple(triple) for triple in triples[chosen][order].tolist()]
+    offsets = [corner[:, :, None] - points[:, None] for corner in (a, b, c)]
+    squares = [(offset**2).sum(-1) for offset in offsets]
+    inside = sum(squares[i] * _cross(offsets[(i + 1) % 3], offsets[(i + 2) % 3]) for i in range(3)) * turn[..., None]
+    np.put_along_axis(inside, np.broadcast_to(triples, (rows, *triples.shape)), -1.0, axis=2)
+    chosen = (inside <= 0).all(axis=2) & (turn != 0)
+    sides = [np.linalg.norm(q - p, axis=-1) for p, q in ((b, c), (c, a), (a, b))]
+    weighted = sum(side[..., None] * corner for side, corner in zip(sides, (a, b, c), strict=True))
+    incentres = weighted / sum(sides)[..., None]
+    incentres[~chosen] = np.inf
+    most, counts = int(chosen.sum(axis=1).max()), chosen.sum(axis=1)
+    order = np.lexsort((incentres[..., 1], incentres[..., 0]), axis=1)[:, :most]
+    targets = np.full((rows, 3 * most + 1), FILL)
+    targets[:, : 3 * most] = triples[order].reshape(rows, -1) + 1
+    steps = np.arange(3 * most + 1)
+    targets[steps > 3 * counts[:, None]] = FILL
+    targets[np.arange(rows), 3 * counts] = END
+    return targets
 
 
-def shortest_tours(points: Float[Array, "rows n 2"]) -> Int[Array, "rows n"]:
-    """Optimal tours of many instances, from city 0: Held and Karp's recursion over subsets, O(2ⁿ n²) each.
-
-    cost(S, j) = min over k in S∖{j} of cost(S∖{j}, k) + d(k, j): the shortest way from 0 through S that ends in j.
-    """
-    rows, n, _ = points.shape
-    require(3 <= n <= 14, f"exact tours are for 3 to 14 cities, got {n}")
-    distance = np.linalg.norm(points[:, :, None] - points[:, None], axis=-1)
-    free = n - 1
-    cost = np.full((1 << free, free, rows), np.inf)
-    parent = np.zeros((1 << free, free, rows), dtype=np.int8)
-    between = np.moveaxis(distance[:, 1:, 1:], 0, -1)
-    for subset in range(1, 1 << free):
-        members = [j for j in range(free) if subset >> j & 1]
-        for j in members:
-            rest = subset & ~(1 << j)
-            if not rest:
-                cost[subset, j] = distance[:, 0, j + 1]
-                continue
-            through = cost[rest] + between[:, j]
-            parent[subset, j] = through.argmin(axis=0)
-            cost[subset, j] = through.min(axis=0)
-    every = np.arange(rows)
-    subsets = np.full(rows, (1 << free) - 1)
-    last = (cost[-1] + distance[:, 0, 1:].T).argmin(axis=0)
-    tour = np.zeros((rows, n), dtype=np.int64)
-    for stop in range(n - 1, 0, -1):
-        tour[:, stop] = last + 1
-        before = parent[subsets, last, every].astype(np.int64)
-        subsets, last = subsets & ~(1 << last), before
-    backward = tour[:, 1] > tour[:, -1]
-    tour[backward, 1:] = tour[backward, :0:-1]
-    return tour
-
-
-def nearest_neighbour_tours(points: Float[Array, "rows n 2"]) -> Int[Array, "rows n"]:
-    """From city 0, always on to the nearest that was not visited: the baseline."""
-    rows, n, _ = points.shape
-    every = np.arange(rows)
-    distance = np.linalg.norm(points[:, :, None] - points[:, None], axis=-1)
-    tour = np.zeros((rows, n), dtype=np.int64)
-    for stop in range(1, n):
-        distance[every, :, tour[:, stop - 1]] = np.inf
-        tour[:, stop] = distance[every, tour[:, stop - 1]].argmin(axis=1)
-    return tour
-
-
-def tour_lengths(points: Float[Array, "rows n 2"], tour: Int[Array, "rows n"]) -> Float[Array, " rows"]:
-    """The lengths of closed tours."""
-    visited = np.take_along_axis(points, tour[..., None], axis=1)
-    return np.linalg.norm(visited - np.roll(visited, -1, axis=1), axis=-1).sum(axis=1)
+def neighbour_triangles(points: Float[Array, "n 2"]) -> list[int]:
+    """Each point with its two nearest, without repetition, laid out as an answer: the baseline for triangulations."""
+    distance = np.linalg.norm(points[:, None] - points, axis=-1)
+    triangles = {tuple(sorted(row)) for row in np.argsort(distance, axis=1)[:, :3].tolist()}
+    return [corner for triangle in sorted(triangles) for corner in triangle]
 
 
 def answer(targets: Int[Array, " steps"]) -> list[int]:
@@ -229,8 +197,12 @@ def area_coverage(points: Float[Array, "n 2"], found: list[int], hull: list[int]
     return area(polygon) / area(points[hull]) if is_simple(polygon) else None
 
 
+def triangles(answered: list[int]) -> set[frozenset[int]]:
+    """The triangles of an answer, whatever the order of triangles and corners; an unfinished last one counts too."""
+    return {frozenset(answered[i : i + 3]) for i in range(0, len(answered), 3)}
+
+
 def triangle_coverage(found: list[int], true: list[int]) -> float:
-    """The share of the true triangles that were found, whatever the order of triangles and corners."""
-    wanted = {frozenset(true[i : i + 3]) for i in range(0, len(true), 3)}
-    given = {frozenset(found[i : i + 3]) for i in range(0, len(found), 3)}
-    return len(wanted & given) / len(wanted)
+    """The share of the true triangles that were found."""
+    wanted = triangles(true)
+    return len(wanted & triangles(found)) / len(wanted)
