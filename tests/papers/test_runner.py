@@ -82,6 +82,27 @@ def test_an_interrupted_run_goes_on(papers: Path, tmp_path: Path) -> None:
     assert said == ["first: kept from an earlier run", "second"]
 
 
+def test_a_part_of_other_arguments_is_computed_again(papers: Path, tmp_path: Path) -> None:
+    from ostinato.papers.catalogue import system
+    from ostinato.papers.runner import Run
+
+    calls: list[tuple[object, ...]] = []
+
+    def double(number: int, *rest: object, **options: object) -> int:
+        calls.append((number, *rest))
+        return 2 * number
+
+    def run() -> Run:
+        return Run(system(1), "smoke", 0, tmp_path / "report")
+
+    assert run().part("twice", double, 2, range(3), "cpu") == 4
+    assert run().part("twice", double, 2, range(3), "cuda") == 4, "a run may go on on another machine"
+    assert len(calls) == 1
+    assert run().part("twice", double, 3, range(3), "cpu") == 6
+    assert run().part("twice", double, 3, range(4), "cpu") == 6
+    assert len(calls) == 3
+
+
 def test_a_second_run_knows_the_time_left(papers: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

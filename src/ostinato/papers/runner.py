@@ -18,7 +18,9 @@ earlier run of the same budget: the one that `reports/NN/` has, or the committed
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -83,12 +85,14 @@ class Run:
     def part(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`function(*args, **kwargs)`, computed once per budget and seed; its value must be JSON.
 
-        A run that was interrupted and is started again takes the finished parts from the disk.
+        A run that was interrupted and is started again takes the finished parts from the disk; not one that was
+        computed from other arguments, by an earlier version of the experiment.
         """
         from ostinato.files import read_json, write_json
 
         path = self.folder / "parts" / f"{self.budget}-{self.seed}-{name}.json"
-        if path.is_file():
+        asked = _fingerprint(args, kwargs)
+        if path.is_file() and read_json(path).get("arguments", asked) == asked:
             self.say(f"{name}: kept from an earlier run")
             part = read_json(path)
             self.seconds[name] = part["seconds"]
@@ -99,7 +103,7 @@ class Run:
         started = time.perf_counter()
         value = function(*args, **kwargs)
         self.seconds[name] = round(time.perf_counter() - started, 3)
-        write_json(path, {"value": value, "seconds": self.seconds[name]})
+        write_json(path, {"value": value, "seconds": self.seconds[name], "arguments": asked})
         return value
 
     def left(self) -> float | None:
@@ -116,6 +120,20 @@ class Run:
     def figure(self, title: str, series: Sequence[Series], **options: Any) -> None:
         """Add a figure to the report."""
         self.figures.append(Figure(title, list(series), **options))
+
+
+def _fingerprint(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Of the numbers and texts among the arguments; other objects count by their type, a device not at all.
+
+    So a run that began on one machine goes on on another.
+    """
+
+    def named(value: object) -> str:
+        return str(value) if isinstance(value, range) else type(value).__name__
+
+    kept = [value for value in args if not (isinstance(value, str) and value in ("cpu", "cuda"))]
+    text = json.dumps([kept, kwargs], default=named, skipkeys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _duration(seconds: float) -> str:
