@@ -37,6 +37,35 @@ def test_the_norm_stands_after_the_sum() -> None:
     assert torch.allclose(model(x)[0], model.head(y), atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_the_norm_stands_before_the_mixer_and_the_head(norm: str) -> None:
+    model = build(norm=norm, norm_place="pre")
+    x = torch.randn(4, 6, 5, dtype=torch.float64)
+
+    def normed(y: torch.Tensor) -> torch.Tensor:
+        if norm == "layer":
+            return nn.functional.layer_norm(y, (16,))
+        return (y - y.mean((0, 1))) / (y.var((0, 1), unbiased=False) + 1e-5).sqrt()
+
+    y = model.encoder(x)
+    for block in model.blocks:
+        y = y + block.mixer(normed(y))[0]
+    assert torch.allclose(model(x)[0], model.head(normed(y)), atol=1e-12)
+
+
+@pytest.mark.parametrize("swiglu", [None, 2])
+def test_batch_norm_in_evaluation_takes_a_sequence_in_parts(swiglu: int | None) -> None:
+    model = build(norm="batch", norm_place="pre", swiglu=swiglu)
+    for _ in range(3):
+        model(3 + 2 * torch.randn(8, 9, 5, dtype=torch.float64))
+    model.eval()
+    x = torch.randn(2, 11, 5, dtype=torch.float64)
+    whole, _ = model(x)
+    first, state = model(x[:, :4])
+    second, _ = model(x[:, 4:], state)
+    assert torch.allclose(torch.cat([first, second], 1), whole, atol=1e-12)
+
+
 def test_dropout_is_for_training() -> None:
     model = build(dropout=0.5)
     x = torch.randn(1, 6, 5, dtype=torch.float64)
@@ -51,6 +80,10 @@ def test_bad_arguments() -> None:
         model(torch.randn(1, 3, 4, dtype=torch.float64))
     with pytest.raises(StateError, match="2 mixers"):
         model(torch.randn(1, 3, 5, dtype=torch.float64), (None,))
+    with pytest.raises(ConfigurationError, match="norm is one of layer, batch"):
+        VectorClassifier(5, 2, 16, "gla", norm="group")
+    with pytest.raises(ConfigurationError, match="norm_place one of post, pre"):
+        VectorClassifier(5, 2, 16, "gla", norm_place="middle")
     with pytest.raises(ConfigurationError, match="num_classes"):
         VectorClassifier(5, 0, 16, "gla")
     with pytest.raises(ConfigurationError, match="dropout"):
