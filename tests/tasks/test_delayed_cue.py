@@ -29,3 +29,12 @@ def test_lengths() -> None:
         DelayedCue(length=20, window=21)
     with pytest.raises(ConfigurationError, match="classes"):
         DelayedCue(classes=1)
+
+
+def test_a_threshold_knows_the_cue_and_a_sum_does_not() -> None:
+    """In noise of σ, the sum of W steps is right about as often as 1 + √W σ z₀ exceeds seven others √W σ z."""
+    found = DelayedCue(length=256, window=64, test_size=512).baselines()
+    z = 0.8 * torch.randn(200_000, 8, generator=torch.Generator().manual_seed(0))
+    wanted = float((z[:, 0] + 1 > z[:, 1:].amax(1)).float().mean())
+    assert found["largest value"] > 0.99 and abs(found["largest sum over the window"] - wanted) < 0.07
+    assert found["most frequent answer"] < 0.25

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ostinato.errors import DataError
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
+from ostinato.tasks.digits import read_digits
 from ostinato.theory.empirical_kernel import empirical_ntk
 from ostinato.theory.kernel_dynamics import decay_rates, ntk_gp
 from ostinato.theory.kernels import Dense, Erf, Layer, Recurrent, Relu, ntk
@@ -300,19 +299,13 @@ def _rates(width: int, x: list[list[float]], y: list[float], steps: int, seed: i
 
 
 def _digits(points: int, seed: int) -> tuple[str, list[list[float]], list[float]]:
-    """Images of 64 pixels with norm √64, and the parity of the digit as ±1; generated strokes without scikit-learn.
-
-    The file is read where scikit-learn keeps it, without importing the package.
-    """
+    """Images of 64 pixels with norm √64, and the parity of the digit as ±1; generated ones without scikit-learn."""
     generator = torch.Generator().manual_seed(seed)
-    package = importlib.util.find_spec("sklearn")
-    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package and package.origin else None
-    if path is not None and path.is_file():
-        with gzip.open(path, "rt") as file:
-            table = torch.tensor([[float(v) for v in line.split(",")] for line in file])
-        chosen = table[torch.randperm(len(table), generator=generator)[:points]]
-        source, pixels, digits = "scikit-learn's digits", chosen[:, :-1], chosen[:, -1]
-    else:
+    try:
+        pixels, digits = (torch.from_numpy(part).float() for part in read_digits())
+        chosen = torch.randperm(len(digits), generator=generator)[:points]
+        source, pixels, digits = "scikit-learn's digits", pixels[chosen], digits[chosen]
+    except DataError:
         source = "generated prototypes with noise (scikit-learn is not installed)"
         prototypes = torch.rand(10, 64, generator=generator) * 16
         digits = torch.randint(10, (points,), generator=generator).float()

@@ -14,6 +14,7 @@ _BUILT_IN = {
     "copying": "copying:Copying",
     "cycle_navigation": "languages:CycleNavigation",
     "delayed_cue": "delayed_cue:DelayedCue",
+    "digits": "digits:Digits",
     "even_pairs": "languages:EvenPairs",
     "induction": "recall:Induction",
     "modular_arithmetic": "arithmetic:ModularArithmetic",
