@@ -70,6 +70,41 @@ def test_s4_is_the_hippo_recurrence(measure: str) -> None:
             torch.testing.assert_close(y[0, t, d], c @ h + layer.skip[d] * x[0, t, d], rtol=0, atol=1e-10)
 
 
+def s4_by_dense_matrices(layer: S4, x: Tensor) -> Tensor:
+    """The definition, from the stored parameters: A = Λ − P P* over all conjugate pairs, inverted, step by step."""
+    both = [torch.cat([z, z.conj()], dim=-1) for z in map(from_pairs, (layer.low_rank, layer.inputs, layer.outputs))]
+    low, inputs, outputs = both[0][0], both[1][0], both[2]
+    half = torch.complex(-layer.log_real[0].exp(), layer.imaginary[0])
+    matrix = torch.diag(torch.cat([half, half.conj()])) - low.mT @ low.conj()
+    identity = torch.eye(len(matrix), dtype=matrix.dtype)
+    features = []
+    for d in range(layer.d_model):
+        step = layer.log_step[d].exp()
+        inverse = torch.linalg.inv(identity - step / 2 * matrix)
+        a, b = inverse @ (identity + step / 2 * matrix), step * (inverse @ inputs)
+        h, steps = torch.zeros(x.shape[0], len(matrix), dtype=matrix.dtype), []
+        for t in range(x.shape[1]):
+            h = h @ a.mT + b * x[:, t, d, None]
+            steps.append((h @ outputs[d]).real + layer.skip[d] * x[:, t, d])
+        features.append(torch.stack(steps, dim=1))
+    return torch.stack(features, dim=-1)
+
+
+@pytest.mark.parametrize("block_length", [8, 64])
+@pytest.mark.parametrize("measure", ["legs", "legt", "fout", "random"])
+def test_s4_and_all_its_gradients_are_those_of_the_definition(measure: str, block_length: int) -> None:
+    layer = S4(3, 8, measure, output="none", block_length=block_length).double()
+    x, weight = (torch.randn(2, 30, 3, dtype=torch.float64) for _ in range(2))
+    found, wanted = layer(x)[0], s4_by_dense_matrices(layer, x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    assert set(names) == {"log_real", "imaginary", "low_rank", "inputs", "outputs", "skip", "log_step"}
+    gradients = [torch.autograd.grad((y * weight).sum(), parameters) for y in (found, wanted)]
+    for name, mine, its in zip(names, *gradients, strict=True):
+        assert its.abs().max() > 0, name
+        torch.testing.assert_close(mine, its, rtol=1e-8, atol=1e-9 * float(its.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["s4", "s4d"])
 def test_steps_and_convolution_agree_after_training(name: str) -> None:
     layer = mixer(name, 4, d_state=16, block_length=32).double()
