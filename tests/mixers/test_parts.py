@@ -16,9 +16,9 @@ from ostinato.mixers.parts import (
     TokenShift,
     l2_normalize,
     log_uniform,
-    previous_is_same_sequence,
     softplus_inverse,
 )
+from ostinato.ops.short_convolution import previous_is_same_sequence
 
 
 def test_softplus_inverse_inverts_from_tiny_to_huge() -> None:

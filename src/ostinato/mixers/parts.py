@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
+from ostinato.ops.short_convolution import short_convolution
 
 
 def softplus_inverse(y: Tensor) -> Tensor:
@@ -26,16 +27,6 @@ def l2_normalize(x: Float[Tensor, "... dim"], eps: float = 1e-6) -> Float[Tensor
     """x / √(Σx² + eps) over the last axis, in float32 at least; an all-zero vector stays zero."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def previous_is_same_sequence(reset: Bool[Tensor, "batch time"], lag: int) -> Bool[Tensor, "batch time"]:
-    """True where step t − lag belongs to the same sequence as t, the state before the chunk included."""
-    same = ~reset
-    result = same
-    for shift in range(1, lag):
-        shifted = F.pad(same[:, :-shift], (shift, 0), value=True) if shift < same.shape[1] else torch.ones_like(same)
-        result = result & shifted
-    return result
 
 
 class ShortConvolution(nn.Module):
@@ -65,23 +56,7 @@ class ShortConvolution(nn.Module):
         reset: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch taps channels"]]:
         """The convolved sequence, and the inputs that the next step will need."""
-        time, past = x.shape[1], self.width - 1
-        window = torch.cat([state.to(x.dtype), x], dim=1)
-        y = x * self.weight[0]
-        for lag in range(1, self.width):
-            tap = window[:, past - lag : past - lag + time] * self.weight[lag]
-            if reset is not None:
-                tap = tap.masked_fill(~previous_is_same_sequence(reset, lag).unsqueeze(-1), 0)
-            y = y + tap
-        if self.bias is not None:
-            y = y + self.bias
-        kept = window[:, window.shape[1] - past :]
-        if reset is not None and past:
-            # An input before the last reset must not reach a later step: forget it.
-            after = torch.cat([torch.zeros_like(reset[:, :1]).expand(-1, past), reset], dim=1)[:, -past:]
-            later = after.flip(1).cumsum(1).flip(1) - after.long()
-            kept = kept.masked_fill((later > 0).unsqueeze(-1), 0)
-        return y, kept
+        return short_convolution(x, self.weight, state, bias=self.bias, reset=reset)
 
 
 class TokenShift(nn.Module):

@@ -15,6 +15,7 @@ from ostinato.ops.newton_scan import newton_scan
 from ostinato.ops.recurrent_scan import recurrent_scan
 from ostinato.ops.routes import ENGINES, Engine, backend
 from ostinato.ops.scan import affine_scan, associative_scan
+from ostinato.ops.short_convolution import short_convolution
 
 _load_kernels()
 
@@ -32,4 +33,5 @@ __all__ = [
     "long_convolution",
     "newton_scan",
     "recurrent_scan",
+    "short_convolution",
 ]

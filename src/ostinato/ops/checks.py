@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import ostinato.state
-
 from ostinato.errors import DtypeError, NonFiniteError, ShapeError
 
 HALF = (torch.bfloat16, torch.float16)

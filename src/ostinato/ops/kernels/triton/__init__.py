@@ -52,6 +52,12 @@ def _newton_scan() -> ModuleType:
     return newton_scan
 
 
+def _short_convolution() -> ModuleType:
+    from ostinato.ops.kernels.triton import short_convolution
+
+    return short_convolution
+
+
 def _matrix_step() -> ModuleType:
     from ostinato.ops.kernels.triton import matrix_step
 
@@ -77,6 +83,7 @@ for _engine, _module in {
     "delta_rule": _delta_rule,
     "recurrent_scan": _recurrent_scan,
     "newton_scan": _newton_scan,
+    "short_convolution": _short_convolution,
 }.items():
     _register(_engine, _module)
 

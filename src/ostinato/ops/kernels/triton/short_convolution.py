@@ -1,0 +1,179 @@
+"""`short_convolution` in Triton: one pass over the inputs forward, one over inputs and gradient backward.
+
+A program owns a tile of steps and channels; the taps' shifted reads of one tile come from the cache. The gradients of
+weight and bias are summed tile by tile, and the tiles by PyTorch: in the same order every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ostinato.ops.checks import accumulation_dtype
+from ostinato.ops.kernels.triton.launch import without_second_derivative
+
+_STEPS, _CHANNELS, _WIDEST = 64, 64, 16
+
+
+@triton.jit
+def load_inputs(inputs, state, batch, step, channel, time, channels, inside, PAST: tl.constexpr):
+    """x at a column of steps, those before the first from the state; `inside` masks what is to be read."""
+    here = batch * time * channels + step[:, None] * channels + channel[None, :]
+    x = tl.load(inputs + here, mask=inside & (step >= 0)[:, None], other=0.0).to(tl.float32)
+    if PAST > 0:
+        early = (step < 0)[:, None]
+        there = batch * PAST * channels + (step + PAST)[:, None] * channels + channel[None, :]
+        x += tl.load(state + there, mask=inside & early, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _forward(
+    inputs, weight, bias, state, reset, outputs, time, channels,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, RESET: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2).to(tl.int64)
+    step = tl.program_id(0).to(tl.int64) * STEPS + tl.arange(0, STEPS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    there, wide = step < time, channel < channels
+    inside = there[:, None] & wide[None, :]
+    total = tl.zeros((STEPS, CHANNELS), tl.float32)
+    if BIAS:
+        total += tl.load(bias + channel, mask=wide, other=0.0).to(tl.float32)[None, :]
+    same = there
+    for lag in tl.static_range(WIDTH):
+        if RESET and lag > 0:
+            new = tl.load(reset + batch * time + step - lag + 1, mask=there & (step - lag + 1 >= 0), other=0)
+            same = same & (new == 0)
+        x = load_inputs(inputs, state, batch, step - lag, channel, time, channels, inside & same[:, None], WIDTH - 1)
+        total += x * tl.load(weight + lag * channels + channel, mask=wide, other=0.0).to(tl.float32)[None, :]
+    place = batch * time * channels + step[:, None] * channels + channel[None, :]
+    tl.store(outputs + place, total, mask=inside)
+
+
+@triton.jit
+def _backward(
+    grad, inputs, weight, state, reset, grad_inputs, grad_state, partial, time, channels, tiles,
+    WIDTH: tl.constexpr, RESET: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    # The tile's steps start at −(WIDTH − 1): those below 0 are the state's.
+    PAST: tl.constexpr = WIDTH - 1
+    batch = tl.program_id(2).to(tl.int64)
+    step = tl.program_id(0).to(tl.int64) * STEPS + tl.arange(0, STEPS) - PAST
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    wide = channel < channels
+    origin = batch * time * channels
+    x = load_inputs(inputs, state, batch, step, channel, time, channels, (step < time)[:, None] & wide[None, :], PAST)
+    total = tl.zeros((STEPS, CHANNELS), tl.float32)
+    row = ((batch * tiles + tl.program_id(0)) * (WIDTH + 1)) * channels + channel
+    same = step < time
+    for lag in tl.static_range(WIDTH):
+        later = step + lag
+        there = (later >= 0) & (later < time)
+        if RESET and lag > 0:
+            new = tl.load(reset + batch * time + later, mask=there, other=0)
+            same = same & (new == 0)
+        mask = (there & same)[:, None] & wide[None, :]
+        dy = tl.load(grad + origin + later[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += dy * tl.load(weight + lag * channels + channel, mask=wide, other=0.0).to(tl.float32)[None, :]
+        tl.store(partial + row + lag * channels, tl.sum(dy * x, axis=0), mask=wide)
+        if lag == 0:
+            tl.store(partial + row + WIDTH * channels, tl.sum(dy, axis=0), mask=wide)
+    here = origin + step[:, None] * channels + channel[None, :]
+    tl.store(grad_inputs + here, total, mask=((step >= 0) & (step < time))[:, None] & wide[None, :])
+    if PAST > 0:
+        before = batch * PAST * channels + (step + PAST)[:, None] * channels + channel[None, :]
+        tl.store(grad_state + before, total, mask=(step < 0)[:, None] & wide[None, :])
+
+
+@torch.library.custom_op("ostinato::short_convolution", mutates_args=())
+def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, reset: Tensor | None) -> Tensor:
+    """y of `short_convolution`; see `ostinato.ops.short_convolution`."""
+    batch, time, channels = inputs.shape
+    outputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    grid = (triton.cdiv(time, _STEPS), triton.cdiv(channels, _CHANNELS), batch)
+    _forward[grid](
+        inputs.contiguous(), weight.contiguous(), bias, state.contiguous(),
+        None if reset is None else reset.contiguous(), outputs, time, channels,
+        WIDTH=weight.shape[0], BIAS=bias is not None, RESET=reset is not None, STEPS=_STEPS, CHANNELS=_CHANNELS,
+    )  # fmt: skip
+    return outputs
+
+
+@convolve.register_fake
+def _(inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, reset: Tensor | None) -> Tensor:
+    return torch.empty_like(inputs, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("ostinato::short_convolution_backward", mutates_args=())
+def convolve_backward(
+    grad: Tensor, inputs: Tensor, weight: Tensor, state: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of inputs, state, and of weight with the bias below it (width + 1, channels)."""
+    batch, time, channels = inputs.shape
+    width = weight.shape[0]
+    tiles = triton.cdiv(time + width - 1, _STEPS)
+    grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    grad_state = torch.empty_like(state, memory_format=torch.contiguous_format)
+    partial = torch.empty(batch * tiles, width + 1, channels, dtype=torch.float32, device=inputs.device)
+    _backward[(tiles, triton.cdiv(channels, _CHANNELS), batch)](
+        grad.contiguous(), inputs.contiguous(), weight.contiguous(), state.contiguous(),
+        None if reset is None else reset.contiguous(), grad_inputs, grad_state, partial, time, channels, tiles,
+        WIDTH=width, RESET=reset is not None, STEPS=_STEPS, CHANNELS=_CHANNELS,
+    )  # fmt: skip
+    return grad_inputs, grad_state, partial.sum(0)
+
+
+@convolve_backward.register_fake
+def _(
+    grad: Tensor, inputs: Tensor, weight: Tensor, state: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    width, channels = weight.shape
+    rows = torch.empty(width + 1, channels, dtype=torch.float32, device=inputs.device)
+    return (
+        torch.empty_like(inputs, memory_format=torch.contiguous_format),
+        torch.empty_like(state, memory_format=torch.contiguous_format),
+        rows,
+    )
+
+
+without_second_derivative(convolve_backward)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, state, reset = inputs
+    ctx.save_for_backward(x, weight, state, reset)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, state, reset = ctx.saved_tensors
+    grad_x, grad_state, rows = convolve_backward(grad, x, weight, state, reset)
+    grad_bias = None if ctx.bias_dtype is None else rows[-1].to(ctx.bias_dtype)
+    return grad_x, rows[:-1].to(weight.dtype), grad_bias, grad_state, None
+
+
+convolve.register_autograd(_gradients, setup_context=_setup)
+
+
+def refuses(inputs: Tensor, weight: Tensor, *_: Any) -> str | None:
+    """Why this call cannot be served, or None."""
+    if accumulation_dtype(inputs.dtype) != torch.float32:
+        return f"this kernel computes in float32, not in {inputs.dtype}"
+    if weight.shape[0] > _WIDEST:
+        return f"this kernel has at most {_WIDEST} taps, not {weight.shape[0]}"
+    return None
+
+
+def declines(*_: Any) -> str | None:
+    """Never: it is the best where it can run."""
+    return None
+
+
+def run(inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, reset: Tensor | None) -> Tensor:
+    """The route."""
+    return convolve(inputs, weight, bias, state, reset)

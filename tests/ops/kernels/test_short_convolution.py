@@ -1,0 +1,49 @@
+"""The Triton route of `short_convolution` against its definition in float64: values, gradients, compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ostinato
+from ostinato.errors import BackendError
+from ostinato.ops import short_convolution
+
+
+def values_and_gradients(x, w, state, b, reset, cotangent):
+    given = [a.detach().requires_grad_() for a in (x, w, state, b)]
+    y, last = short_convolution(given[0], given[1], given[2], bias=given[3], reset=reset)
+    return (y, last, *torch.autograd.grad((y * cotangent).sum() + last.square().sum(), given))
+
+
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("resets", [False, True])
+def test_it_is_the_definition(device, time, width, dtype, resets):
+    batch, channels = 2, 70
+    x = torch.randn(batch, time, channels, device=device, dtype=dtype)
+    w, b = torch.randn(width, channels, device=device), torch.randn(channels, device=device)
+    state = torch.randn(batch, width - 1, channels, device=device, dtype=dtype)
+    cotangent = torch.randn_like(x)
+    reset = torch.rand(batch, time, device=device) < 0.2 if resets else None
+    with ostinato.backend(short_convolution="triton"):
+        found = values_and_gradients(x, w, state, b, reset, cotangent)
+    with ostinato.backend("reference"):
+        exact = values_and_gradients(*(a.double() for a in (x, w, state, b)), reset, cotangent.double())
+    for ours, theirs in zip(found, exact, strict=True):
+        # One rounding to bf16 costs at most 2^-9 of each number; Triton's interpreter cuts instead, at most 2^-8.
+        bound = 1e-6 if ours.dtype == torch.float32 else 2**-9 if device.type == "cuda" else 2**-8
+        assert (ours.double() - theirs).norm() <= bound * theirs.norm()
+
+
+def test_it_compiles_and_is_differentiable_once(device):
+    x, w = torch.randn(2, 9, 6, device=device, requires_grad=True), torch.randn(4, 6, device=device)
+    with ostinato.backend(short_convolution="triton"):
+        compiled = torch.compile(short_convolution, fullgraph=True, backend="aot_eager")
+        (grad,) = torch.autograd.grad(compiled(x, w)[0].square().sum(), x)
+        y = short_convolution(x, w)[0].square().sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        assert torch.allclose(first, grad)
+        with pytest.raises(BackendError, match="parallel"):
+            torch.autograd.grad(first.square().sum(), x)
