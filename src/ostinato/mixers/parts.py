@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
+from ostinato.ops.delta_rule import unit_length
 from ostinato.ops.short_convolution import short_convolution
 
 
@@ -25,8 +26,7 @@ def log_uniform(size: int, low: float, high: float, floor: float = 0.0) -> Tenso
 
 def l2_normalize(x: Float[Tensor, "... dim"], eps: float = 1e-6) -> Float[Tensor, "... dim"]:
     """x / √(Σx² + eps) over the last axis, in float32 at least; an all-zero vector stays zero."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return unit_length(x, eps)
 
 
 class ShortConvolution(nn.Module):

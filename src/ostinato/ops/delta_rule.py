@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, own_precision
+from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, in_accumulation_dtype
 from ostinato.ops.chunk_states import corrected_states
 from ostinato.ops.chunks import (
     ChunkDecay,
@@ -29,6 +29,21 @@ from ostinato.ops.linear_attention import check_matrix_arguments, decay_factor
 from ostinato.ops.routes import Engine
 
 _engine = Engine("delta_rule")
+
+
+def unit_length(x: Float[Tensor, "... dim"], eps: float = 1e-6) -> Float[Tensor, "... dim"]:
+    """x / √(Σx² + eps) over the last axis, in float32 at least; an all-zero vector stays zero."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _start(queries: Tensor, keys: Tensor, values: Tensor, state: Tensor | None, normalize: bool) -> tuple[Tensor, ...]:
+    """Queries and keys, of unit length with `normalize`, and the initial state: zeros where none is given."""
+    if normalize:
+        queries, keys = unit_length(queries), unit_length(keys)
+    if state is None:
+        state = queries.new_zeros(queries.shape[0], *queries.shape[2:], values.shape[-1])
+    return queries, keys, state
 
 
 def delta_rule_step(
@@ -57,18 +72,21 @@ def delta_rule_step(
 
 
 @_engine.route("reference")
+@in_accumulation_dtype
 def _reference(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
-    state: Tensor,
+    state: Tensor | None,
     read_keys: Tensor | None,
     erase_keys: Tensor | None,
     reset: Tensor | None,
     chunk_size: int,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor]:
+    queries, keys, state = _start(queries, keys, values, state, normalize)
     time = queries.shape[1]
     micro = keys.shape[1] // time
     outputs = []
@@ -95,18 +113,21 @@ def _one_step(queries: Tensor, *_: object) -> str | None:
 
 
 @_engine.route("parallel", priority=10, declines=_one_step)
+@in_accumulation_dtype
 def _parallel(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
-    state: Tensor,
+    state: Tensor | None,
     read_keys: Tensor | None,
     erase_keys: Tensor | None,
     reset: Tensor | None,
     chunk_size: int,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor]:
+    queries, keys, state = _start(queries, keys, values, state, normalize)
     time = queries.shape[1]
     micro = keys.shape[1] // time
     # The triangular systems have one row for each step, so a token of n steps makes the chunk n times shorter.
@@ -191,6 +212,7 @@ def delta_rule(
     read_keys: Float[Tensor, "batch steps heads key_dim"] | None = None,
     erase_keys: Float[Tensor, "batch steps heads key_dim"] | None = None,
     reset: Bool[Tensor, "batch time"] | None = None,
+    normalize: bool = False,
     chunk_size: int = 32,
     validate: bool = False,
 ) -> tuple[Float[Tensor, "batch time heads value_dim"], Float[Tensor, "batch heads key_dim value_dim"]]:
@@ -198,7 +220,7 @@ def delta_rule(
 
     Args:
         queries: q; read after all n steps of its token.
-        keys: k; normalise them to length 1, or the state can grow without bound. n = steps of `keys` per
+        keys: k; of length 1 (see `normalize`), or the state can grow without bound. n = steps of `keys` per
             query; the n steps of a token are neighbours in time.
         values: v.
         beta: β, 1 if None. Within [0, 2] each step has the eigenvalue 1 − β in [−1, 1] (for |k| = 1).
@@ -208,6 +230,8 @@ def delta_rule(
         read_keys: r, what is looked up to be erased; `keys` if None.
         erase_keys: e, where it is erased; `keys` if None.
         reset: True marks the first token of a new sequence: there S_{t-1} counts as zero.
+        normalize: divide queries and keys by their length first, √(Σx² + 1e-6). Keys of their own to read and to
+            erase are taken as they are.
         chunk_size: steps that the parallel route takes at once, rounded to a power of two: speed, not result.
         validate: look for NaN and infinity in the arguments first (costs a pass over them).
 
@@ -235,15 +259,7 @@ def delta_rule(
     if validate:
         check_finite(queries=queries, keys=keys, values=values, beta=beta, log_decay=log_decay, state=state)
         check_finite(read_keys=read_keys, erase_keys=erase_keys)
-    dtype = accumulation_dtype(queries.dtype)
-
-    def wide(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
-
-    q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
-    initial = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[-1]) if state is None else state.to(dtype)
-    with own_precision(q):
-        outputs, last = _engine(
-            q, k, v, wide(beta), wide(log_decay), initial, wide(read_keys), wide(erase_keys), reset, chunk_size
-        )
+    outputs, last = _engine(
+        queries, keys, values, beta, log_decay, state, read_keys, erase_keys, reset, chunk_size, normalize
+    )
     return outputs.to(queries.dtype), last

@@ -1,0 +1,391 @@
+"""What `delta_rule` does inside its chunks, all chunks at once, where the decay is one number per head or none.
+
+Before the walk (`delta_rule_walk`): with D_ij = exp(G_i − G_j), G the log-decays summed up from the chunk's start, and
+keys and queries of unit length where that is asked,
+
+    A_ij = β_i D_ij k_i·k_j for j < i,    T = (I + A)⁻¹,    P_tj = D_tj q_t·k_j for token(j) ≤ t.
+
+After the walk back, with the walk's x, u, S and dS': y = P u + …, (I + A) u = x and x = βv − …, so that
+
+    dP = dy uᵀ,    dA = −dx uᵀ,    dv = β dx,
+
+and the gradients of keys, queries, rates and decays are those of the formulas above. The gradient of G_i is what row i
+of A and P weighs, less what column i weighs; that of a log-decay sums over the rows from its own on.
+
+The inverse is by substitution in blocks of 16 rows, and by X ← X − X M X from there, M what lies below the blocks:
+never a power series, which loses everything where keys are nearly parallel.
+
+Source: Parallel DeltaNet (arXiv 2406.06484), section 3 and appendix; Gated DeltaNet (arXiv 2412.06464), section 3.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, last_of
+
+EPS = tl.constexpr(1e-6)
+"""Under the root of a key's length, as in the formula of the plain routes."""
+
+
+@triton.jit
+def unit_lower_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)⁻¹ of a strictly lower triangular L, (C, C)."""
+    BLOCKS: tl.constexpr = C // 16
+    block = tl.arange(0, BLOCKS)
+    small = tl.arange(0, 16)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    parts = tl.reshape(lower, (BLOCKS, 16, BLOCKS, 16))
+    columns = tl.trans(tl.sum(tl.where(same, parts, 0.0), axis=2), (0, 2, 1))
+    solved = (small[None, :, None] == small[None, None, :]).to(tl.float32) + tl.zeros([BLOCKS, 16, 16], tl.float32)
+    for i in range(1, 16):
+        weight = tl.sum(tl.where(small[None, None, :] == i, columns, 0.0), axis=2)
+        known = tl.sum(weight[:, :, None] * solved, axis=1)
+        solved = tl.where(small[None, :, None] == i, solved - known[:, None, :], solved)
+    inverse = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (C, C))
+    row = tl.arange(0, C)[:, None]
+    column = tl.arange(0, C)[None, :]
+    for level in tl.static_range(5):
+        if 16 * 2**level < C:
+            below = (row // (16 * 2**level) != column // (16 * 2**level)) & (
+                row // (32 * 2**level) == column // (32 * 2**level)
+            )
+            right = tl.dot(tl.where(below, lower, 0.0), inverse, input_precision=PRECISION)
+            inverse -= tl.dot(inverse, right, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def token_decays(log_decay, reset, position, place, taken, DECAY: tl.constexpr, RESET: tl.constexpr):
+    """Log-decays and the numbers of segments at `position` of a chunk; (0, 0) where not `taken`."""
+    segment = tl.zeros(position.shape, tl.int32)
+    decay = tl.zeros(position.shape, tl.float32)
+    if DECAY:
+        decay = tl.maximum(tl.load(log_decay + place, mask=taken, other=0.0).to(tl.float32), FORGETS)
+    if RESET:
+        begins = tl.load(reset + position, mask=taken, other=0).to(tl.int32)
+        decay = tl.where(begins > 0, 0.0, decay)
+        segment = tl.cumsum(begins, 0)
+    return decay, segment
+
+
+@triton.jit
+def pair_decays(decay, later, earlier, kept, total, other_total, EXACT: tl.constexpr, DECAY: tl.constexpr):
+    """exp of the log-decays from after token `earlier` up to token `later`, 0 where not `kept`.
+
+    With EXACT they are summed up for each pair, so that weak decays after strong ones keep their digits; else
+    the sums from the chunk's start are subtracted.
+    """
+    if DECAY:
+        if EXACT:
+            exponent = tl.cumsum(tl.where(later > earlier, decay[:, None], 0.0), 0)
+        else:
+            exponent = total[:, None] - other_total[None, :]
+        return tl.where(kept, tl.exp(tl.where(kept, exponent, 0.0)), 0.0)
+    return kept.to(tl.float32)
+
+
+@triton.jit
+def row_decays(decay, segment, row_token, C: tl.constexpr, EXACT: tl.constexpr, DECAY: tl.constexpr):
+    """Of a chunk's rows: the log-decays' sums, what is left of the entering state, and of the row at the end."""
+    total = tl.cumsum(decay, 0)
+    whole = last_of(total, C)
+    last_segment = last_of(segment, C)
+    if DECAY:
+        entered = tl.exp(total)
+        if EXACT:
+            rest = tl.cumsum(tl.where(row_token[:, None] > row_token[None, :], decay[:, None], 0.0), 0)
+            left = tl.exp(tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, rest, 0.0), 0))
+        else:
+            left = tl.exp(whole - total)
+        through = tl.exp(whole)
+    else:
+        entered = tl.full([C], 1.0, tl.float32)
+        left = tl.full([C], 1.0, tl.float32)
+        through = 1.0
+    entered = tl.where(segment == 0, entered, 0.0)
+    left = tl.where(segment == last_segment, left, 0.0)
+    through = tl.where(last_segment == 0, through, 0.0)
+    return total, entered, left, through
+
+
+@triton.jit
+def prepare(
+    queries,
+    keys,
+    beta,
+    log_decay,
+    reset,
+    inverse,
+    scores,
+    factors,
+    carried,
+    tokens,
+    heads,
+    chunks,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    MICRO: tl.constexpr,
+    BQ: tl.constexpr,
+    BETA: tl.constexpr,
+    DECAY: tl.constexpr,
+    RESET: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr,
+):
+    """T, P, the row factors a, b, β, c and d of every chunk. Grid: (chunks, batch × heads)."""
+    TOKENS: tl.constexpr = C // MICRO
+    n = tl.program_id(0)
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    chunk = pair.to(tl.int64) * chunks + n
+    steps = tokens * MICRO
+    row = tl.arange(0, C)
+    token = tl.arange(0, BQ)
+    key = tl.arange(0, BK)
+    row_token = row // MICRO
+    row_in = (row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps)
+    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
+    start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
+    origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
+
+    begins = row_in & (row % MICRO == 0)
+    flags = reset + batch * tokens + n * TOKENS
+    decay, segment = token_decays(log_decay + origin, flags, row_token, row_token * heads, begins, DECAY, RESET)
+    total, entered, left, through = row_decays(decay, segment, row_token, C, EXACT, DECAY)
+    if MICRO == 1:
+        query_decay = decay
+        query_segment = segment
+        query_total = total
+    else:
+        query_decay, query_segment = token_decays(
+            log_decay + origin, flags, token, token * heads, token_in, DECAY, RESET
+        )
+        query_total = tl.cumsum(query_decay, 0)
+
+    place = start * K + row[:, None] * (heads * K) + key[None, :]
+    k = tl.load(keys + place, mask=row_in[:, None] & (key < K)[None, :], other=0.0)
+    place = origin * K + token[:, None] * (heads * K) + key[None, :]
+    q = tl.load(queries + place, mask=token_in[:, None] & (key < K)[None, :], other=0.0)
+    if BETA:
+        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
+    else:
+        rate = row_in.to(tl.float32)
+    if NORMALIZE:
+        wide = k.to(tl.float32)
+        key_scale = tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
+        wide_query = q.to(tl.float32)
+        query_scale = tl.rsqrt(tl.sum(wide_query * wide_query, 1) + EPS)
+    else:
+        key_scale = tl.full([C], 1.0, tl.float32)
+        query_scale = tl.full([BQ], 1.0, tl.float32)
+
+    kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
+    lower = tl.dot(k, tl.trans(k), input_precision=PRECISION) * (rate * key_scale)[:, None] * key_scale[None, :]
+    lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
+    lower = tl.where(kept, lower, 0.0)
+    solved = unit_lower_inverse(lower, C, SOLVE)
+    place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
+    tl.store(place, solved.to(inverse.dtype.element_ty))
+
+    kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * query_scale[:, None] * key_scale[None, :]
+    score *= pair_decays(query_decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
+    place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]
+    tl.store(place, tl.where(kept, score, 0.0).to(scores.dtype.element_ty))
+
+    factor = factors + chunk * (4 * C)
+    tl.store(factor + row, rate * entered * key_scale)
+    tl.store(factor + C + row, left * key_scale)
+    tl.store(factor + 2 * C + row, rate)
+    query_entered = tl.exp(query_total) if DECAY else tl.full([BQ], 1.0, tl.float32)
+    tl.store(factor + 3 * C + token, tl.where(query_segment == 0, query_entered, 0.0) * query_scale, mask=token < C)
+    tl.store(carried + chunk, through)
+
+
+@triton.jit
+def to_tokens(vector, token, row_token, MICRO: tl.constexpr):
+    """The sums over the rows of each token."""
+    if MICRO == 1:
+        return vector
+    return tl.sum(tl.where(token[:, None] == row_token[None, :], vector[None, :], 0.0), 1)
+
+
+@triton.jit
+def gradients(
+    queries,
+    keys,
+    values,
+    beta,
+    log_decay,
+    reset,
+    scores,
+    entering,
+    leaving,
+    fresh,
+    residual,
+    grad_outputs,
+    grad_queries,
+    grad_keys,
+    grad_values,
+    grad_beta,
+    grad_decay,
+    tokens,
+    heads,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    MICRO: tl.constexpr,
+    BQ: tl.constexpr,
+    BETA: tl.constexpr,
+    DECAY: tl.constexpr,
+    RESET: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradients of all inputs from what the walks left behind. Grid: (chunks, batch × heads)."""
+    TOKENS: tl.constexpr = C // MICRO
+    dtype = keys.dtype.element_ty
+    n = tl.program_id(0)
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    chunk = pair.to(tl.int64) * chunks + n
+    steps = tokens * MICRO
+    row = tl.arange(0, C)
+    token = tl.arange(0, BQ)
+    key = tl.arange(0, BK)
+    key_in = (key < K)[None, :]
+    row_token = row // MICRO
+    row_in = (row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps)
+    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
+    start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
+    origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
+
+    to_query = tl.zeros([BQ, BK], tl.float32)
+    to_read = tl.zeros([C, BK], tl.float32)
+    to_write = tl.zeros([C, BK], tl.float32)
+    to_score = tl.zeros([BQ, C], tl.float32)
+    to_lower = tl.zeros([C, C], tl.float32)
+    to_rate = tl.zeros([C], tl.float32)
+    kept_state = tl.zeros([BK], tl.float32)
+    if BETA:
+        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
+    else:
+        rate = row_in.to(tl.float32)
+    for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+        value = block * BV + tl.arange(0, BV)
+        value_in = (value < V)[None, :]
+        inside = row_in[:, None] & value_in
+        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+        grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
+        written = tl.load(fresh + value_offset, mask=inside, other=0.0)
+        target = tl.load(residual + value_offset, mask=inside, other=0.0)
+        state_in = (key < K)[:, None] & value_in
+        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
+        state = tl.load(entering + state_offset, mask=state_in, other=0.0)
+        grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)
+        to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
+        to_read = tl.dot(target, tl.trans(state), to_read, input_precision=PRECISION)
+        to_write = tl.dot(written, tl.trans(grad_state), to_write, input_precision=PRECISION)
+        to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
+        to_lower = tl.dot(target, tl.trans(written), to_lower, input_precision=PRECISION)
+        if DECAY:
+            kept_state += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+        wide = target.to(tl.float32)
+        if BETA:
+            v = tl.load(values + value_offset, mask=inside, other=0.0).to(tl.float32)
+            to_rate += tl.sum(wide * v, 1)
+        tl.store(grad_values + value_offset, (rate[:, None] * wide).to(dtype), mask=inside)
+
+    begins = row_in & (row % MICRO == 0)
+    flags = reset + batch * tokens + n * TOKENS
+    decay, segment = token_decays(log_decay + origin, flags, row_token, row_token * heads, begins, DECAY, RESET)
+    total, entered, left, through = row_decays(decay, segment, row_token, C, EXACT, DECAY)
+    if MICRO == 1:
+        query_decay = decay
+        query_segment = segment
+        query_total = total
+    else:
+        query_decay, query_segment = token_decays(
+            log_decay + origin, flags, token, token * heads, token_in, DECAY, RESET
+        )
+        query_total = tl.cumsum(query_decay, 0)
+    query_entered = tl.exp(query_total) if DECAY else tl.full([BQ], 1.0, tl.float32)
+    query_entered = tl.where(query_segment == 0, query_entered, 0.0)
+
+    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+    k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0)
+    q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0)
+    wide_key = k.to(tl.float32)
+    wide_query = q.to(tl.float32)
+    if NORMALIZE:
+        key_scale = tl.rsqrt(tl.sum(wide_key * wide_key, 1) + EPS)
+        query_scale = tl.rsqrt(tl.sum(wide_query * wide_query, 1) + EPS)
+    else:
+        key_scale = tl.full([C], 1.0, tl.float32)
+        query_scale = tl.full([BQ], 1.0, tl.float32)
+
+    # What a row of the queries weighs: of the entering state and of the scores.
+    to_query *= (query_entered * query_scale)[:, None]
+    of_query = tl.sum(to_query * wide_query, 1)
+    kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
+    to_score = tl.where(kept, to_score, 0.0)
+    if DECAY:
+        score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]).to(tl.float32)
+        weight = score * to_score
+        of_query += tl.sum(weight, 1)
+        of_column = tl.sum(weight, 0)
+    to_score *= query_scale[:, None] * key_scale[None, :]
+    to_score *= pair_decays(query_decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
+    to_score = to_score.to(dtype)
+    to_query = tl.dot(to_score, k, to_query, input_precision=PRECISION)
+
+    # Of the keys, as they read: without β first, for its gradient.
+    kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
+    to_lower *= -key_scale[:, None] * key_scale[None, :]
+    to_lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
+    to_lower = tl.where(kept, to_lower, 0.0)
+    to_read *= -(entered * key_scale)[:, None]
+    of_read = tl.sum(to_read * wide_key, 1)
+    if BETA or DECAY:
+        weight = to_lower * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        of_read += tl.sum(weight, 1)
+        if DECAY:
+            of_column += tl.sum(rate[:, None] * weight, 0)
+        if BETA:
+            to_rate += of_read
+            tl.store(grad_beta + start + row * heads, to_rate, mask=row_in)
+    to_lower = (to_lower * rate[:, None]).to(dtype)
+    to_write *= (left * key_scale)[:, None]
+    if DECAY:
+        of_write = tl.sum(to_write * wide_key, 1)
+        # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what leaves.
+        change = to_tokens(rate * of_read - of_column - of_write, token, row_token, MICRO) + of_query
+        leaves = tl.sum(of_write, 0) + through * tl.sum(kept_state, 0)
+        to_decay = tl.cumsum(change, 0, reverse=True) + leaves
+        if RESET:
+            begin = tl.load(flags + token, mask=token_in, other=0)
+            to_decay = tl.where(begin != 0, 0.0, to_decay)
+        tl.store(grad_decay + origin + token * heads, to_decay, mask=token_in)
+    to_key = to_write + rate[:, None] * to_read
+    to_key = tl.dot(tl.trans(to_score), q, to_key, input_precision=PRECISION)
+    to_key = tl.dot(to_lower, k, to_key, input_precision=PRECISION)
+    to_key = tl.dot(tl.trans(to_lower), k, to_key, input_precision=PRECISION)
+    if NORMALIZE:
+        to_query -= wide_query * (tl.sum(to_query * wide_query, 1) * query_scale * query_scale)[:, None]
+        to_key -= wide_key * (tl.sum(to_key * wide_key, 1) * key_scale * key_scale)[:, None]
+    tl.store(grad_queries + query_offset, to_query.to(dtype), mask=token_in[:, None] & key_in)
+    tl.store(grad_keys + key_offset, to_key.to(dtype), mask=row_in[:, None] & key_in)

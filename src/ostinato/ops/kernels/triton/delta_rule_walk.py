@@ -1,0 +1,237 @@
+"""The walks of `delta_rule` from chunk to chunk, forwards with the state and backwards with its gradient.
+
+In a chunk of C rows (a token has n rows) let S be the state that enters, T = (I + A)⁻¹ and P the decayed scores of
+the queries (both made for all chunks at once, by `delta_rule_chunks`). Row factors a, b, β and c carry decays, rates
+and the lengths of keys and queries, so that the tiles of keys and queries go from memory to the matrix units
+untouched:
+
+    u = T (β v − a (r S)),    y = c (q S) + P u,    S' = d S + wᵀ (b u),
+
+r the keys that read and w those that write. With dS' the gradient of the state that leaves, and dy of the outputs,
+
+    du = Pᵀ dy + b (w dS'),    dx = Tᵀ du,    dS = d dS' + qᵀ (c dy) − rᵀ (a dx).
+
+One program holds a block of the state's value channels on chip through all chunks of a segment of the sequence.
+
+Source: Parallel DeltaNet (arXiv 2406.06484), section 3, without its W and U.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_state(pointer, index, key, value, K: tl.constexpr, V: tl.constexpr):
+    """A block of state `index` of contiguous (…, K, V), zeros beyond its edges."""
+    inside = (key < K)[:, None] & (value < V)[None, :]
+    return tl.load(pointer + index * (K * V) + key[:, None] * V + value[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_state(pointer, index, key, value, state, K: tl.constexpr, V: tl.constexpr):
+    inside = (key < K)[:, None] & (value < V)[None, :]
+    place = pointer + index * (K * V) + key[:, None] * V + value[None, :]
+    tl.store(place, state.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def walk(
+    queries,
+    reading,
+    writing,
+    values,
+    inverse,
+    scores,
+    factors,
+    carried,
+    initial,
+    outputs,
+    final,
+    entering,
+    fresh,
+    tokens,
+    heads,
+    chunks,
+    per_segment,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    MICRO: tl.constexpr,
+    BQ: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    KEEP: tl.constexpr,
+    INITIAL: tl.constexpr,
+    TRANSITION: tl.constexpr,
+    TIED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: (value blocks, batch × heads, segments of `per_segment` chunks).
+
+    OUTPUT writes y. KEEP writes the states that enter the chunks and u. With TRANSITION the values are zero and
+    the state starts as the identity, so that the last state is the segment's transition matrix (V = K). TIED says that
+    one key reads and writes, CHANNELS that each key channel has a factor d of its own.
+    """
+    TOKENS: tl.constexpr = C // MICRO
+    pair = tl.program_id(1)
+    segment = tl.program_id(2)
+    segments = tl.num_programs(2)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    dtype = reading.dtype.element_ty
+    row = tl.arange(0, C)
+    token = tl.arange(0, BQ)
+    key = tl.arange(0, BK)
+    value = tl.program_id(0) * BV + tl.arange(0, BV)
+    key_in = (key < K)[None, :]
+    value_in = (value < V)[None, :]
+    steps = tokens * MICRO
+    place = pair.to(tl.int64) * segments + segment
+    if TRANSITION:
+        state = (key[:, None] == value[None, :]).to(tl.float32)
+    elif INITIAL:
+        state = load_state(initial, place, key, value, K, V).to(tl.float32)
+    else:
+        state = tl.zeros([BK, BV], tl.float32)
+
+    first = segment * per_segment
+    count = pair.to(tl.int64) * chunks
+    for n in tl.range(first, tl.minimum(first + per_segment, chunks), num_stages=STAGES):
+        chunk = count + n
+        row_in = ((row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps))[:, None]
+        start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
+        key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+        read = tl.load(reading + key_offset, mask=row_in & key_in, other=0.0)
+        solve = tl.load(inverse + chunk * (C * C) + row[:, None] * C + row[None, :])
+        factor = factors + chunk * (4 * C) + row
+        read_factor = tl.load(factor)[:, None]
+        write_factor = tl.load(factor + C)[:, None]
+        half = state.to(dtype)
+        if KEEP:
+            store_state(entering, chunk, key, value, half, K, V)
+        target = -read_factor * tl.dot(read, half, input_precision=PRECISION)
+        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        if not TRANSITION:
+            rate = tl.load(factor + 2 * C)[:, None]
+            target += rate * tl.load(values + value_offset, mask=row_in & value_in, other=0.0).to(tl.float32)
+        written = tl.dot(solve, target.to(dtype), input_precision=PRECISION)
+        if KEEP:
+            tl.store(fresh + value_offset, written.to(dtype), mask=row_in & value_in)
+        if OUTPUT:
+            token_in = ((token < TOKENS) & (n * TOKENS + token < tokens))[:, None]
+            origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
+            query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+            query = tl.load(queries + query_offset, mask=token_in & key_in, other=0.0)
+            score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :])
+            query_factor = tl.load(factors + chunk * (4 * C) + 3 * C + token, mask=token < C, other=0.0)[:, None]
+            output = query_factor * tl.dot(query, half, input_precision=PRECISION)
+            output = tl.dot(score, written.to(dtype), output, input_precision=PRECISION)
+            output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+            tl.store(outputs + output_offset, output.to(dtype), mask=token_in & value_in)
+        if CHANNELS:
+            state *= tl.load(carried + chunk * K + key, mask=key < K, other=0.0)[:, None]
+        else:
+            state *= tl.load(carried + chunk)
+        write = read if TIED else tl.load(writing + key_offset, mask=row_in & key_in, other=0.0)
+        state = tl.dot(tl.trans(write), (write_factor * written).to(dtype), state, input_precision=PRECISION)
+    store_state(final, place, key, value, state, K, V)
+
+
+@triton.jit
+def walk_back(
+    queries,
+    reading,
+    writing,
+    grad_outputs,
+    inverse,
+    scores,
+    factors,
+    carried,
+    grad_final,
+    grad_initial,
+    leaving,
+    residual,
+    tokens,
+    heads,
+    chunks,
+    per_segment,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    MICRO: tl.constexpr,
+    BQ: tl.constexpr,
+    KEEP: tl.constexpr,
+    FINAL: tl.constexpr,
+    TIED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The walk from the last chunk to the first: writes dx, and dS' of each chunk, with KEEP; dS of the first."""
+    TOKENS: tl.constexpr = C // MICRO
+    pair = tl.program_id(1)
+    segment = tl.program_id(2)
+    segments = tl.num_programs(2)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    dtype = reading.dtype.element_ty
+    row = tl.arange(0, C)
+    token = tl.arange(0, BQ)
+    key = tl.arange(0, BK)
+    value = tl.program_id(0) * BV + tl.arange(0, BV)
+    key_in = (key < K)[None, :]
+    value_in = (value < V)[None, :]
+    steps = tokens * MICRO
+    place = pair.to(tl.int64) * segments + segment
+    if FINAL:
+        grad = load_state(grad_final, place, key, value, K, V).to(tl.float32)
+    else:
+        grad = tl.zeros([BK, BV], tl.float32)
+
+    first = segment * per_segment
+    last = tl.minimum(first + per_segment, chunks)
+    count = pair.to(tl.int64) * chunks
+    for back in tl.range(0, last - first, num_stages=STAGES):
+        n = last - 1 - back
+        chunk = count + n
+        row_in = ((row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps))[:, None]
+        start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
+        key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+        write = tl.load(writing + key_offset, mask=row_in & key_in, other=0.0)
+        solve = tl.load(inverse + chunk * (C * C) + row[:, None] * C + row[None, :])
+        factor = factors + chunk * (4 * C) + row
+        read_factor = tl.load(factor)[:, None]
+        write_factor = tl.load(factor + C)[:, None]
+        token_in = ((token < TOKENS) & (n * TOKENS + token < tokens))[:, None]
+        origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
+        query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+        query = tl.load(queries + query_offset, mask=token_in & key_in, other=0.0)
+        score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :])
+        query_factor = tl.load(factors + chunk * (4 * C) + 3 * C + token, mask=token < C, other=0.0)[:, None]
+        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+        grad_output = tl.load(grad_outputs + output_offset, mask=token_in & value_in, other=0.0)
+        half = grad.to(dtype)
+        if KEEP:
+            store_state(leaving, chunk, key, value, half, K, V)
+        written = write_factor * tl.dot(write, half, input_precision=PRECISION)
+        written = tl.dot(tl.trans(score), grad_output, written, input_precision=PRECISION)
+        target = tl.dot(tl.trans(solve), written.to(dtype), input_precision=PRECISION)
+        if KEEP:
+            value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+            tl.store(residual + value_offset, target.to(dtype), mask=row_in & value_in)
+        if CHANNELS:
+            grad *= tl.load(carried + chunk * K + key, mask=key < K, other=0.0)[:, None]
+        else:
+            grad *= tl.load(carried + chunk)
+        read = write if TIED else tl.load(reading + key_offset, mask=row_in & key_in, other=0.0)
+        asked = (query_factor * grad_output.to(tl.float32)).to(dtype)
+        grad = tl.dot(tl.trans(query), asked, grad, input_precision=PRECISION)
+        grad = tl.dot(tl.trans(read), (-read_factor * target).to(dtype), grad, input_precision=PRECISION)
+    store_state(grad_initial, place, key, value, grad, K, V)
