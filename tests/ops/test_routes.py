@@ -94,9 +94,9 @@ def test_a_fake_kernel_of_a_real_engine() -> None:
     calls = []
 
     @real.route("fake", priority=99)
-    def fake(transition: torch.Tensor, inputs: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    def fake(transition: torch.Tensor, inputs: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
         calls.append(inputs.shape)
-        return real.routes["parallel"].function(transition, inputs, state)
+        return real.routes["parallel"].function(transition, inputs, *rest)
 
     a, b = torch.rand(2, 1, 9, 3)
     try:

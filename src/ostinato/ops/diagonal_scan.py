@@ -6,6 +6,9 @@ taken as it is, not as a logarithm: it may be negative or complex, and 0 forgets
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from jaxtyping import Bool, Inexact
 from torch import Tensor
@@ -27,7 +30,30 @@ def diagonal_scan_step(
     return transition * state + inputs
 
 
+def _widened(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]:
+    """A plain PyTorch route: one type for all, the resets as zeros of the transition, a state that is there."""
+
+    @wraps(function)
+    def route(
+        transition: Tensor, inputs: Tensor, state: Tensor | None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        batch, time = inputs.shape[:2]
+        dtype = torch.promote_types(accumulation_dtype(inputs.dtype), accumulation_dtype(transition.dtype))
+        b = inputs.to(dtype)
+        a = transition.to(dtype).expand(batch, time, *transition.shape[2:])
+        if reset is not None:
+            a = a.masked_fill(reset.view(batch, time, *[1] * (a.ndim - 2)), 0)
+        states = function(a, b, b.new_zeros(b[:, 0].shape) if state is None else state.to(dtype))
+        last = states[:, -1]
+        return states.to(inputs.dtype if inputs.is_complex() or not dtype.is_complex else dtype), last
+
+    return route
+
+
 @_engine.route("reference")
+@_widened
 def _reference(transition: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
     states = []
     for t in range(inputs.shape[1]):
@@ -36,11 +62,12 @@ def _reference(transition: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
     return torch.stack(states, dim=1)
 
 
-def _one_step(transition: Tensor, inputs: Tensor, state: Tensor) -> str | None:
+def _one_step(transition: Tensor, inputs: Tensor, *_: Tensor | None) -> str | None:
     return "a single step needs no scan" if inputs.shape[1] == 1 else None
 
 
 @_engine.route("parallel", priority=10, declines=_one_step)
+@_widened
 def _parallel(transition: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
     return affine_scan(transition, inputs, state)
 
@@ -92,12 +119,5 @@ def diagonal_scan(
     if validate:
         check_finite(transition=transition, inputs=inputs, state=state)
 
-    dtype = torch.promote_types(accumulation_dtype(inputs.dtype), accumulation_dtype(transition.dtype))
-    b = inputs.to(dtype)
-    a = transition.to(dtype).expand(batch, time, *transition.shape[2:])
-    if reset is not None:
-        a = a.masked_fill(reset.view(batch, time, *[1] * (a.ndim - 2)), 0)
-    h = b.new_zeros(b[:, 0].shape) if state is None else state.to(dtype)
-    states = _engine(a, b, h)
-    last = states[:, -1]
-    return states.to(inputs.dtype if inputs.is_complex() or not dtype.is_complex else dtype), last
+    states, last = _engine(transition, inputs, state, reset)
+    return states, last
