@@ -40,6 +40,7 @@ claims = (
     Claim("entropy", "the code's topological entropy bounds the orbit's own, λ1 a step", theirs="upper bound"),
     Claim("cycles", "fixed points and cycles are found exactly, with their stability", theirs="exact"),
     Claim("strings", "a k-cycle's symbols repeat with period k, a fixed point's are constant", theirs="theorem"),
+    Claim("recordings", "ECG in 3 regions; fMRI by a virtual fixed point and a saddle spiral", theirs="P = 2"),
     Claim("shifts", "entropy of the full 2-shift and the golden-mean shift", theirs="log 2 and log((1 + √5)/2)"),
 )
 
@@ -71,7 +72,7 @@ def experiment(run: Run) -> list[Measured]:
         "switching": (0, 1, 2),
         "seeds": run.choose(smoke=1, cpu=3, gpu=5),
         "window": run.choose(smoke=15, cpu=300, gpu=300),
-        "updates": run.choose(smoke=20, cpu=4000, gpu=30_000),
+        "updates": run.choose(smoke=20, cpu=4000, gpu=10_000),
         "step": 0.08,
         "points": run.choose(smoke=(2000, 800), cpu=(50_000, 10_000), gpu=(100_000, 10_000)),
         "forcing": ("tau", 8),
@@ -84,7 +85,12 @@ def experiment(run: Run) -> list[Measured]:
         run.sizes[options["name"]] = {"latent": _LATENT, "batch": 16, "noise": 0.05, **options}
     lorenz, rossler = _reconstruct(run, lorenz_options), _reconstruct(run, rossler_options)
     _draw(run, lorenz, lorenz_options)
-    return [*_lorenz_verdicts(run, lorenz, lorenz_options), *_rossler_verdicts(run, rossler), *_exact_verdicts(exact)]
+    return [
+        *_lorenz_verdicts(run, lorenz, lorenz_options),
+        *_rossler_verdicts(run, rossler),
+        Measured("recordings", "not measured", None, "the recordings are in no package that this one needs"),
+        *_exact_verdicts(exact),
+    ]
 
 
 def _reconstruct(run: Run, options: dict[str, Any]) -> dict[str, Any]:
