@@ -327,7 +327,7 @@ def _verdicts(
             bool(0.1 <= np.mean(floor[0]) <= 0.2 and 0.035 <= np.mean(floor[1]) <= 0.14) if trained else None,
             f"four stretches of {run.choose(smoke=4000, cpu=49_000, gpu=49_000):,} points in four pairs, 30 bins, "
             f"σ = 20; the two halves of the first series {floor[0][0]:.3f} and {floor[1][0]:.3f}; wanted of the mean: "
-            "D_stsp 0.1–0.2, D_H within a factor of 2 of 0.07. Other stretches of the orbit give other values, up to twice",
+            "D_stsp 0.1–0.2, D_H within a factor of 2 of 0.07. Stretches of one orbit differ by up to twice",
         ),
         Measured("recordings", "not measured", None, "the recordings are in no package that could be installed"),
     ]
