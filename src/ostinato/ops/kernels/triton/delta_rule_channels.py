@@ -1,0 +1,357 @@
+"""What `delta_rule` does inside its chunks, all chunks at once, where every key channel has a decay of its own.
+
+The mathematics is that of `delta_rule_chunks`, with decays that do not leave the sums over channels:
+
+    A_ij = β_i Σ_c k_ic k_jc exp(G_ic − G_jc),    P_tj = Σ_c q_tc k_jc exp(G_tc − G_jc).
+
+The pairs of tokens are taken by levels s = 1, 2, 4, …: in every block of 2s tokens the late half against the early.
+With R the G of the last early token, exp(G_i − G_j) = exp(G_i − R) exp(R − G_j), both ≤ 1, so that a level is a
+product of matrices, masked to its blocks. The walks are handed keys and queries that carry their decays already.
+
+G is summed up in float32, in float64 where the inputs are float32: differences of sums then keep all digits of a
+weak decay after a strong one.
+
+Source: GLA (arXiv 2312.06635), section 4.3; Kimi Linear (arXiv 2510.26692), section 3.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, last_of
+from ostinato.ops.kernels.triton.delta_rule_chunks import EPS, token_decays, unit_lower_inverse
+
+
+@triton.jit
+def cumulate(
+    log_decay,
+    reset,
+    totals,
+    carried,
+    tokens,
+    heads,
+    chunks,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BQ: tl.constexpr,
+    RESET: tl.constexpr,
+):
+    """G of every token, (…, chunks, BQ, K), and the states' factors. Grid: (key blocks, chunks, batch × heads)."""
+    n = tl.program_id(1)
+    pair = tl.program_id(2)
+    batch = (pair // heads).to(tl.int64)
+    chunk = pair.to(tl.int64) * chunks + n
+    token = tl.arange(0, BQ)
+    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
+    origin = ((batch * tokens + n * TOKENS) * heads + pair % heads).to(tl.int64)
+    place = origin * K + token[:, None] * (heads * K) + key[None, :]
+    decay = tl.load(log_decay + place, mask=token_in[:, None] & (key < K)[None, :], other=0.0).to(tl.float32)
+    decay = tl.maximum(decay, FORGETS)
+    keeps = 1.0
+    if RESET:
+        begins = tl.load(reset + batch * tokens + n * TOKENS + token, mask=token_in, other=0).to(tl.int32)
+        decay = tl.where((begins > 0)[:, None], 0.0, decay)
+        keeps = tl.where(tl.sum(begins, 0) == 0, 1.0, 0.0)
+    total = tl.cumsum(decay.to(totals.dtype.element_ty), 0)
+    place = totals + chunk * (BQ * K) + token[:, None] * K + key[None, :]
+    tl.store(place, total, mask=(key < K)[None, :] & (token >= 0)[:, None])
+    whole = tl.sum(tl.where(token[:, None] == BQ - 1, total, 0.0), 0).to(tl.float32)
+    tl.store(carried + chunk * K + key, tl.exp(whole) * keeps, mask=key < K)
+
+
+@triton.jit
+def load_totals(totals, token, key, SIZE: tl.constexpr, K: tl.constexpr):
+    """G of the tokens of one chunk, zeros beyond `SIZE` tokens."""
+    inside = (token < SIZE)[:, None] & (key < K)[None, :]
+    return tl.load(totals + token[:, None] * K + key[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def level_factor(totals, total, token, key, size, late, SIZE: tl.constexpr, K: tl.constexpr):
+    """exp(G − R) of the late half of each block of 2 `size` tokens, exp(R − G) of the early, 0 where R lies outside."""
+    middle = token // (2 * size) * (2 * size) + size - 1
+    difference = (total - load_totals(totals, middle, key, SIZE, K)).to(tl.float32)
+    factor = tl.exp(tl.minimum(tl.where(late[:, None], difference, -difference), 0.0))
+    return tl.where((middle < SIZE)[:, None], factor, 0.0)
+
+
+@triton.jit
+def level_kept(token, column, segment, column_segment, size):
+    """The pairs of a level: a late token and an early one of one block and one segment."""
+    kept = (token // (2 * size))[:, None] == (column // (2 * size))[None, :]
+    kept = kept & (token // size % 2 == 1)[:, None] & (column // size % 2 == 0)[None, :]
+    return kept & (segment[:, None] == column_segment[None, :])
+
+
+@triton.jit
+def prepare(
+    queries,
+    keys,
+    beta,
+    totals,
+    reset,
+    inverse,
+    scores,
+    factors,
+    asking,
+    reading,
+    writing,
+    tokens,
+    heads,
+    chunks,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    MICRO: tl.constexpr,
+    BQ: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BETA: tl.constexpr,
+    RESET: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr,
+):
+    """T and P of every chunk, and its queries and keys as the walks want them. Grid: (chunks, batch × heads)."""
+    TOKENS: tl.constexpr = C // MICRO
+    dtype = keys.dtype.element_ty
+    n = tl.program_id(0)
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    chunk = pair.to(tl.int64) * chunks + n
+    steps = tokens * MICRO
+    row = tl.arange(0, C)
+    token = tl.arange(0, BQ)
+    key = tl.arange(0, BK)
+    key_in = (key < K)[None, :]
+    row_token = row // MICRO
+    row_in = (row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps)
+    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
+    start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
+    origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
+    flags = reset + batch * tokens + n * TOKENS
+    begins = row_in & (row % MICRO == 0)
+    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
+    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
+
+    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+    k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0).to(tl.float32)
+    q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        k *= tl.rsqrt(tl.sum(k * k, 1) + EPS)[:, None]
+        q *= tl.rsqrt(tl.sum(q * q, 1) + EPS)[:, None]
+    if BETA:
+        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
+    else:
+        rate = row_in.to(tl.float32)
+
+    totals += chunk * (BQ * K)
+    total = load_totals(totals, row_token, key, BQ, K)
+    query_total = load_totals(totals, token, key, BQ, K)
+    own = row_token[:, None] == row_token[None, :]
+    narrow = k.to(dtype)
+    lower = tl.where(own, tl.dot(narrow, tl.trans(narrow), input_precision=PRECISION), 0.0)
+    own = token[:, None] == row_token[None, :]
+    score = tl.where(own, tl.dot(q.to(dtype), tl.trans(narrow), input_precision=PRECISION), 0.0)
+    for level in tl.range(0, LEVELS):
+        size = 1 << level
+        late = row_token // size % 2 == 1
+        decayed = (k * level_factor(totals, total, row_token, key, size, late, TOKENS, K)).to(dtype)
+        kept = level_kept(row_token, row_token, segment, segment, size)
+        lower += tl.where(kept, tl.dot(decayed, tl.trans(decayed), input_precision=PRECISION), 0.0)
+        late = token // size % 2 == 1
+        asked = (q * level_factor(totals, query_total, token, key, size, late, TOKENS, K)).to(dtype)
+        kept = level_kept(token, row_token, query_segment, segment, size)
+        score += tl.where(kept, tl.dot(asked, tl.trans(decayed), input_precision=PRECISION), 0.0)
+    lower = tl.where(row[:, None] > row[None, :], lower, 0.0) * rate[:, None]
+    place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
+    tl.store(place, unit_lower_inverse(lower, C, SOLVE).to(inverse.dtype.element_ty))
+    place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]
+    tl.store(place, score.to(scores.dtype.element_ty))
+
+    last = load_totals(totals, tl.full([C], BQ - 1, tl.int32), key, BQ, K)
+    left = tl.where((segment == last_of(segment, C))[:, None], tl.exp((last - total).to(tl.float32)), 0.0)
+    entered = tl.where((segment == 0)[:, None], tl.exp(total.to(tl.float32)), 0.0)
+    tl.store(writing + key_offset, (k * left).to(dtype), mask=row_in[:, None] & key_in)
+    tl.store(reading + key_offset, (k * entered).to(dtype), mask=row_in[:, None] & key_in)
+    entered = tl.where((query_segment == 0)[:, None], tl.exp(query_total.to(tl.float32)), 0.0)
+    tl.store(asking + query_offset, (q * entered).to(dtype), mask=token_in[:, None] & key_in)
+    factor = factors + chunk * (4 * C) + row
+    one = tl.full([C], 1.0, tl.float32)
+    tl.store(factor, rate)
+    tl.store(factor + C, one)
+    tl.store(factor + 2 * C, rate)
+    tl.store(factor + 3 * C, one)
+
+
+@triton.jit
+def gradients(
+    queries,
+    keys,
+    values,
+    beta,
+    totals,
+    carried,
+    reset,
+    entering,
+    leaving,
+    fresh,
+    residual,
+    grad_outputs,
+    grad_queries,
+    grad_keys,
+    grad_values,
+    grad_beta,
+    grad_decay,
+    tokens,
+    heads,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    MICRO: tl.constexpr,
+    BQ: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BETA: tl.constexpr,
+    RESET: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradients of all inputs from what the walks left behind. Grid: (chunks, batch × heads)."""
+    TOKENS: tl.constexpr = C // MICRO
+    dtype = keys.dtype.element_ty
+    n = tl.program_id(0)
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    chunk = pair.to(tl.int64) * chunks + n
+    steps = tokens * MICRO
+    row = tl.arange(0, C)
+    token = tl.arange(0, BQ)
+    key = tl.arange(0, BK)
+    key_in = (key < K)[None, :]
+    row_token = row // MICRO
+    row_in = (row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps)
+    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
+    start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
+    origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
+
+    to_query = tl.zeros([BQ, BK], tl.float32)
+    to_read = tl.zeros([C, BK], tl.float32)
+    to_write = tl.zeros([C, BK], tl.float32)
+    to_score = tl.zeros([BQ, C], tl.float32)
+    to_lower = tl.zeros([C, C], tl.float32)
+    to_rate = tl.zeros([C], tl.float32)
+    kept_state = tl.zeros([BK], tl.float32)
+    if BETA:
+        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
+    else:
+        rate = row_in.to(tl.float32)
+    for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+        value = block * BV + tl.arange(0, BV)
+        value_in = (value < V)[None, :]
+        inside = row_in[:, None] & value_in
+        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+        grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
+        written = tl.load(fresh + value_offset, mask=inside, other=0.0)
+        target = tl.load(residual + value_offset, mask=inside, other=0.0)
+        state_in = (key < K)[:, None] & value_in
+        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
+        state = tl.load(entering + state_offset, mask=state_in, other=0.0)
+        grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)
+        to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
+        to_read = tl.dot(target, tl.trans(state), to_read, input_precision=PRECISION)
+        to_write = tl.dot(written, tl.trans(grad_state), to_write, input_precision=PRECISION)
+        to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
+        to_lower = tl.dot(target, tl.trans(written), to_lower, input_precision=PRECISION)
+        kept_state += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+        wide = target.to(tl.float32)
+        if BETA:
+            v = tl.load(values + value_offset, mask=inside, other=0.0).to(tl.float32)
+            to_rate += tl.sum(wide * v, 1)
+        tl.store(grad_values + value_offset, (rate[:, None] * wide).to(dtype), mask=inside)
+
+    flags = reset + batch * tokens + n * TOKENS
+    begins = row_in & (row % MICRO == 0)
+    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
+    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
+    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+    k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0).to(tl.float32)
+    q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        key_scale = tl.rsqrt(tl.sum(k * k, 1) + EPS)
+        query_scale = tl.rsqrt(tl.sum(q * q, 1) + EPS)
+        k *= key_scale[:, None]
+        q *= query_scale[:, None]
+    narrow = k.to(dtype)
+    totals += chunk * (BQ * K)
+    total = load_totals(totals, row_token, key, BQ, K)
+    query_total = load_totals(totals, token, key, BQ, K)
+
+    # Of the states: what is read of the entering one, and what is left in the leaving one.
+    to_query *= tl.where((query_segment == 0)[:, None], tl.exp(query_total.to(tl.float32)), 0.0)
+    to_read *= tl.where((segment == 0)[:, None], -tl.exp(total.to(tl.float32)), 0.0)
+    last = load_totals(totals, tl.full([C], BQ - 1, tl.int32), key, BQ, K)
+    to_write *= tl.where((segment == last_of(segment, C))[:, None], tl.exp((last - total).to(tl.float32)), 0.0)
+    through = tl.load(carried + chunk * K + key, mask=key < K, other=0.0)
+    leaves = tl.sum(to_write * k, 0) + through * kept_state
+
+    # Of the pairs: those of one token, then level by level.
+    own = token[:, None] == row_token[None, :]
+    part = tl.where(own, to_score, 0.0).to(dtype)
+    to_query = tl.dot(part, narrow, to_query, input_precision=PRECISION)
+    to_write = tl.dot(tl.trans(part), q.to(dtype), to_write, input_precision=PRECISION)
+    to_lower = tl.where(row[:, None] > row[None, :], -to_lower, 0.0)
+    if MICRO > 1:
+        own = row_token[:, None] == row_token[None, :]
+        part = tl.where(own, to_lower, 0.0)
+        to_read = tl.dot(part.to(dtype), narrow, to_read, input_precision=PRECISION)
+        to_write = tl.dot(tl.trans((part * rate[:, None]).to(dtype)), narrow, to_write, input_precision=PRECISION)
+    for level in tl.range(0, LEVELS):
+        size = 1 << level
+        late = row_token // size % 2 == 1
+        factor = level_factor(totals, total, row_token, key, size, late, TOKENS, K)
+        decayed = (k * factor).to(dtype)
+        late = token // size % 2 == 1
+        query_factor = level_factor(totals, query_total, token, key, size, late, TOKENS, K)
+        asked = (q * query_factor).to(dtype)
+        kept = level_kept(token, row_token, query_segment, segment, size)
+        part = tl.where(kept, to_score, 0.0).to(dtype)
+        to_query += query_factor * tl.dot(part, decayed, input_precision=PRECISION)
+        column = tl.dot(tl.trans(part), asked, input_precision=PRECISION)
+        kept = level_kept(row_token, row_token, segment, segment, size)
+        part = tl.where(kept, to_lower, 0.0)
+        to_read += factor * tl.dot(part.to(dtype), decayed, input_precision=PRECISION)
+        part = (part * rate[:, None]).to(dtype)
+        to_write += factor * tl.dot(tl.trans(part), decayed, column, input_precision=PRECISION)
+
+    if BETA:
+        to_rate += tl.sum(k * to_read, 1)
+        tl.store(grad_beta + start + row * heads, to_rate, mask=row_in)
+    to_read *= rate[:, None]
+    # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what leaves.
+    if MICRO == 1:
+        change = k * (to_read - to_write) + q * to_query
+    else:
+        sums = (token[:, None] == row_token[None, :]).to(tl.float32)
+        change = tl.dot(sums, k * (to_read - to_write), input_precision="ieee") + q * to_query
+    to_decay = tl.cumsum(change, 0, reverse=True) + leaves[None, :]
+    if RESET:
+        begin = tl.load(flags + token, mask=token_in, other=0)
+        to_decay = tl.where((begin != 0)[:, None], 0.0, to_decay)
+    tl.store(grad_decay + query_offset, to_decay, mask=token_in[:, None] & key_in)
+    to_key = to_read + to_write
+    if NORMALIZE:
+        to_query = (to_query - q * tl.sum(to_query * q, 1)[:, None]) * query_scale[:, None]
+        to_key = (to_key - k * tl.sum(to_key * k, 1)[:, None]) * key_scale[:, None]
+    tl.store(grad_queries + query_offset, to_query.to(dtype), mask=token_in[:, None] & key_in)
+    tl.store(grad_keys + key_offset, to_key.to(dtype), mask=row_in[:, None] & key_in)
