@@ -120,7 +120,7 @@ def experiment(run: Run) -> list[Measured]:
     )
     steps = {
         "parity": run.choose(smoke=4, cpu=1000, gpu=1000),
-        "multi_hop": run.choose(smoke=4, cpu=1000, gpu=2000),
+        "multi_hop": run.choose(smoke=4, cpu=700, gpu=2000),
     }
     members, test_size = run.choose(smoke=1, cpu=3, gpu=3), run.choose(smoke=16, cpu=128, gpu=256)
     curves = run.part("loss curves", _same_curves, run.choose(smoke=3, cpu=40, gpu=100), run.seed)
