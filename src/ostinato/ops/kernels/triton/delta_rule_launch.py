@@ -296,10 +296,10 @@ def gradients(
     `walked` are S, dS', u and dx of all chunks.
     """
     queries, keys, values, beta, log_decay, reset = inputs
-    found = (
-        *(torch.empty_like(x) for x in (queries, keys, values)),
-        *(queries.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (beta, log_decay)),
+    grad_beta, grad_decay = (
+        queries.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (beta, log_decay)
     )
+    found = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values), grad_beta, grad_decay
     rates, flags = keys if beta is None else beta, keys if reset is None else reset
     options = {
         **p.constants(values=p.gradient_block),

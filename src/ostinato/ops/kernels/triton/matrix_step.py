@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype
+from ostinato.ops.delta_rule import unit_length
 from ostinato.ops.exponential_attention import ExponentialState
 from ostinato.ops.kernels.triton.launch import power_of_two, tensors_in
 
@@ -246,9 +247,12 @@ def run_delta_rule(
     read_keys: Tensor | None,
     erase_keys: Tensor | None,
     reset: Tensor | None,
-    *_: Any,
+    chunk_size: int,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule` for one token."""
+    if normalize:
+        queries, keys = unit_length(queries), unit_length(keys)
     return matrix_step(queries, keys, values, beta, log_decay, state, read_keys, erase_keys, reset, True)
 
 
