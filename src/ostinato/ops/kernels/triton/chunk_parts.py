@@ -48,23 +48,39 @@ def load_steps(base, start, stride, time, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_log_decay(base, start, stride, time, ROWS: tl.constexpr):
-    """One log-decay a step, in float32 and bounded: (ROWS,)."""
-    return tl.maximum(load_steps(base, start, stride, time, ROWS).to(tl.float32), FORGETS)
+def chunk_sums(
+    log_decay,
+    reset,
+    sums,
+    parts,
+    time,
+    heads,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DECAY: tl.constexpr,
+    RESET: tl.constexpr,
+):
+    """In each chunk of ROWS steps, the cumulative sums of the log-decays, (batch, heads, time), and of the resets,
+    (batch, time).
 
-
-@triton.jit
-def pair_log_decay(log_decay, total, ROWS: tl.constexpr, EXACT: tl.constexpr):
-    """Σ_{j < s ≤ i} g_s at (j, i): (ROWS, ROWS), and 0 or rounding where j ≥ i; `total` is the cumulative sum of g.
-
-    By differences of cumulative sums, or, if EXACT, by sums of each pair's own: a weak decay after a strong one
-    keeps its digits.
+    Differences of the sums are what is exponentiated. Where `sums` is float64, a weak decay after strong ones keeps
+    float32's digits in them.
     """
-    if EXACT:
-        step = tl.arange(0, ROWS)
-        own = tl.where(step[:, None] < step[None, :], log_decay[None, :], 0.0)
-        return tl.cumsum(own, axis=1)
-    return tl.minimum(total[None, :] - total[:, None], 0.0)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    batch = tl.program_id(1).to(tl.int64)
+    step = start + tl.arange(0, ROWS)
+    head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    if RESET:
+        is_reset = tl.load(reset + batch * time + step, mask=step < time, other=0) != 0
+        if tl.program_id(2) == 0:
+            tl.store(parts + batch * time + step, tl.cumsum(is_reset.to(tl.int32), axis=0), mask=step < time)
+    if DECAY:
+        mask = (step < time)[:, None] & (head < heads)[None, :]
+        g = tl.load(log_decay + (batch * time + step[:, None]) * heads + head[None, :], mask=mask, other=0.0)
+        g = tl.maximum(g.to(tl.float32), FORGETS).to(sums.dtype.element_ty)
+        if RESET:
+            g = tl.where(is_reset[:, None], 0.0, g)
+        tl.store(sums + (batch * heads + head[None, :]) * time + step[:, None], tl.cumsum(g, axis=0), mask=mask)
 
 
 @triton.jit

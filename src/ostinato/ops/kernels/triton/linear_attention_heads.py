@@ -1,0 +1,284 @@
+"""Launches of `linear_attention` with one decay per head, or none: what walks where, in how many segments.
+
+The kernels, and the mathematics, are in `linear_attention_walk`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ostinato.ops.checks import accumulation_dtype
+from ostinato.ops.kernels.triton import chunk_parts
+from ostinato.ops.kernels.triton import linear_attention_walk as kernels
+from ostinato.ops.kernels.triton.launch import card, dot_precision, power_of_two
+
+SHORTEST_SEGMENT = 8
+"""Chunks: a segment has at least as many, so that the passes over its edges cost little beside it."""
+
+
+class Plan(NamedTuple):
+    """Block sizes and launch options of a walk."""
+
+    rows: int
+    """Steps in a chunk."""
+    block: int
+    """Value channels of a program."""
+    warps: int
+    stages: int
+
+
+def plan(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
+    """For a walk whose state is key_dim × value_dim."""
+    value_block = max(16, power_of_two(value_dim))
+    if dtype == torch.float32:
+        return Plan(rows=32, block=min(32, value_block), warps=4, stages=1)
+    large = power_of_two(key_dim) > 128
+    return Plan(rows=64, block=min(64, value_block), warps=8 if large else 4, stages=1 if large else 2)
+
+
+def segments(tensor: Tensor, rows: int, programs: int) -> int:
+    """Chunks to a segment: all of them where heads fill the card, else as few as fill it."""
+    chunks = triton.cdiv(tensor.shape[1], rows)
+    processors = card(tensor.device).processors
+    if programs > processors:
+        return chunks
+    wanted = triton.cdiv(2 * processors, programs)
+    return min(chunks, max(SHORTEST_SEGMENT, triton.cdiv(chunks, wanted)))
+
+
+def _rowwise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class Walk(NamedTuple):
+    """One direction of time over one problem, and where its segments begin."""
+
+    sums: Tensor | None
+    """Of log-decays, cumulative in each chunk: (batch, heads, time)."""
+    parts: Tensor | None
+    """Resets so far in each chunk: (batch, time)."""
+    reverse: bool
+    chunks: int
+    """To a segment."""
+    rows: int
+
+    def __call__(
+        self,
+        readers: Tensor,
+        written: Tensor,
+        values: Tensor,
+        strides: tuple[int, int],
+        *,
+        initial: Tensor | None = None,
+        last: Tensor | None = None,
+        kept: Tensor | None = None,
+        beside: Tensor | None = None,
+        options: dict[str, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (or nothing, with `kept`) and the inner products with `beside`, by block of value channels.
+
+        `strides` are those of a state's key and value channels in memory, in the roles of this walk.
+        """
+        batch, time, heads, key_dim = written.shape
+        value_dim = values.shape[-1]
+        sizes = plan(values.dtype, key_dim, value_dim)
+        if options:
+            sizes = sizes._replace(**options)
+        blocks, count = triton.cdiv(value_dim, sizes.block), triton.cdiv(time, self.chunks * self.rows)
+        outputs = values.new_empty(0 if kept is not None else (batch, time, heads, value_dim))
+        products = values.new_empty(0 if beside is None else (blocks, batch, heads, time), dtype=torch.float32)
+        none = outputs
+        kernels.walk[(blocks * batch * heads, count)](
+            readers,
+            written,
+            values,
+            none if beside is None else beside,
+            none if self.sums is None else self.sums,
+            none if self.parts is None else self.parts,
+            none if initial is None else initial,
+            outputs,
+            products,
+            none if last is None else last,
+            none if kept is None else kept,
+            time,
+            heads,
+            self.chunks,
+            *readers.stride()[:3],
+            *written.stride()[:3],
+            *values.stride()[:3],
+            *(values if beside is None else beside).stride()[:3],
+            *strides,
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            ROWS=self.rows,
+            BK=max(16, power_of_two(key_dim)),
+            BV=sizes.block,
+            REVERSE=self.reverse,
+            DECAY=self.sums is not None,
+            RESET=self.parts is not None,
+            INITIAL=initial is not None,
+            LAST=last is not None,
+            OUTPUTS=kept is None,
+            PRODUCTS=beside is not None,
+            WIDE=values.dtype == torch.float16,
+            PRECISION=dot_precision(values.dtype),
+            STAGES=sizes.stages,
+            num_warps=sizes.warps,
+        )
+        return outputs, products
+
+    def entering(self, written: Tensor, values: Tensor, initial: Tensor | None, last: Tensor) -> Tensor | None:
+        """The state that enters each segment; fills `last`. With one segment: as it is, and `last` is left."""
+        batch, time, heads, key_dim = written.shape
+        count = triton.cdiv(time, self.chunks * self.rows)
+        if count == 1:
+            return initial
+        size = key_dim * values.shape[-1]
+        added = last.new_empty(batch * heads, count, size)
+        kept = last.new_empty(batch * heads, count)
+        self(written, written, values, (values.shape[-1], 1), last=added, kept=kept)
+        entering, block = torch.empty_like(added), min(1024, power_of_two(size))
+        kernels.enter[(batch * heads, triton.cdiv(size, block))](
+            added,
+            kept,
+            last if initial is None else initial,
+            entering,
+            last,
+            count,
+            SIZE=size,
+            BLOCK=block,
+            PER_KEY=0,
+            REVERSE=self.reverse,
+            INITIAL=initial is not None,
+        )
+        return entering
+
+
+def chunk_sums(
+    log_decay: Tensor | None, reset: Tensor | None, rows: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Cumulative sums, in chunks of `rows` steps, of log-decays (batch, heads, time) and of resets (batch, time)."""
+    some = reset if log_decay is None else log_decay
+    if some is None:
+        return None, None
+    batch, time = some.shape[:2]
+    heads = 1 if log_decay is None else log_decay.shape[2]
+    width = min(16, power_of_two(heads))
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    sums = some.new_empty(0 if log_decay is None else (batch, heads, time), dtype=wide)
+    parts = some.new_empty(0 if reset is None else (batch, time), dtype=torch.int32)
+    chunk_parts.chunk_sums[(triton.cdiv(time, rows), batch, triton.cdiv(heads, width))](
+        sums if log_decay is None else log_decay.contiguous(),
+        parts if reset is None else reset.contiguous(),
+        sums,
+        parts,
+        time,
+        heads,
+        ROWS=rows,
+        HEADS=width,
+        DECAY=log_decay is not None,
+        RESET=reset is not None,
+        num_warps=1,
+    )
+    return None if log_decay is None else sums, None if reset is None else parts
+
+
+def _state_like(queries: Tensor, values: Tensor) -> Tensor:
+    batch, _, heads, key_dim = queries.shape
+    return queries.new_empty(batch, heads, key_dim, values.shape[-1], dtype=accumulation_dtype(queries.dtype))
+
+
+def _prepared(
+    queries: Tensor, values: Tensor, log_decay: Tensor | None, state: Tensor | None, reset: Tensor | None
+) -> tuple[Walk, Tensor | None]:
+    batch, _, heads, key_dim = queries.shape
+    sizes = plan(values.dtype, key_dim, values.shape[-1])
+    programs = batch * heads * triton.cdiv(values.shape[-1], sizes.block)
+    sums, parts = chunk_sums(log_decay, reset, sizes.rows, values.dtype)
+    walk = Walk(sums, parts, False, segments(queries, sizes.rows, programs), sizes.rows)
+    return walk, None if state is None else state.to(accumulation_dtype(queries.dtype)).contiguous()
+
+
+def forward(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and the last state."""
+    queries, keys, values = _rowwise(queries), _rowwise(keys), _rowwise(values)
+    walk, initial = _prepared(queries, values, log_decay, state, reset)
+    last = _state_like(queries, values)
+    entering = walk.entering(keys, values, initial, last)
+    ends = last if entering is initial else None
+    outputs, _ = walk(queries, keys, values, (values.shape[-1], 1), initial=entering, last=ends)
+    return outputs, last
+
+
+def backward(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    reset: Tensor | None,
+    grad: Tensor,
+    grad_last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys, values, log-decays and state; empty where there is no such argument."""
+    queries, keys, values, grad = (_rowwise(tensor) for tensor in (queries, keys, values, grad.to(queries.dtype)))
+    walk, initial = _prepared(queries, values, log_decay, state, reset)
+    back = walk._replace(reverse=True)
+    width = values.shape[-1]
+    end, start = _state_like(queries, values), _state_like(queries, values)
+    flowing = None if grad_last is None else grad_last.to(end.dtype).contiguous()
+
+    entering = walk.entering(keys, values, initial, end)
+    behind = back.entering(queries, grad, flowing, start)
+    one_segment = behind is flowing
+    # Roles: readers, written, values; a state that is read by value channels lies transposed in memory.
+    if log_decay is None:
+        of_queries, _ = walk(grad, values, keys, (1, width), initial=entering)
+        of_keys, _ = back(values, grad, queries, (1, width), initial=behind)
+        of_decay = queries.new_empty(0)
+    else:
+        ends = end if one_segment else torch.empty_like(entering)
+        of_queries, read = walk(grad, values, keys, (1, width), initial=entering, last=ends, beside=queries)
+        of_keys, wrote = back(values, grad, queries, (1, width), initial=behind, beside=keys)
+        # What of the loss goes through the state at the end of each segment.
+        flow = None if behind is None else (ends * behind.view_as(ends)).flatten(2).sum(-1)
+        of_decay = _decay_gradient(walk, log_decay, reset, read, wrote, flow)
+    ends = start if state is not None and one_segment else None
+    of_values, _ = back(keys, queries, grad, (width, 1), initial=behind, last=ends)
+    return of_queries, of_keys, of_values, of_decay, queries.new_empty(0) if state is None else start.to(state.dtype)
+
+
+def _decay_gradient(
+    walk: Walk, log_decay: Tensor, reset: Tensor | None, read: Tensor, wrote: Tensor, flow: Tensor | None
+) -> Tensor:
+    batch, time, heads = log_decay.shape
+    gradient = torch.empty_like(log_decay, memory_format=torch.contiguous_format)
+    length = walk.chunks * walk.rows
+    kernels.decay_gradient[(batch * heads, triton.cdiv(time, length))](
+        read,
+        wrote,
+        gradient if flow is None else flow,
+        log_decay.contiguous(),
+        gradient if reset is None else reset.contiguous(),
+        gradient,
+        time,
+        heads,
+        length,
+        read.shape[0],
+        wrote.shape[0],
+        RESET=reset is not None,
+        FLOW=flow is not None,
+        BLOCK=min(1024, power_of_two(length)),
+    )
+    return gradient

@@ -1,0 +1,311 @@
+"""One walk over time that is the forward pass of `linear_attention` with one decay per head, and all of its backward.
+
+With A_ij the product of the decays between step j and step i ≥ j,
+    y_i  = Σ_{j ≤ i} A_ij (q_i·k_j) v_j            (and what the state holds)
+    dq_i = Σ_{j ≤ i} A_ij (dy_i·v_j) k_j
+    dk_j = Σ_{i ≥ j} A_ij (v_j·dy_i) q_i
+    dv_j = Σ_{i ≥ j} A_ij (k_j·q_i) dy_i
+are one function of (readers, written, values), forwards in time or backwards. A program has one head, one block of
+value channels and one segment of time, and carries the state on chip from chunk to chunk: it reads three
+sequences, writes one, and nothing else touches memory. Where heads are too few to fill the card, time is cut into
+segments: one pass finds what each segment adds to the state, a second what enters each, a third walks.
+
+The gradient of the log-decays is dg_t = Σ_{i ≥ t > j} A_ij (q_i·k_j)(dy_i·v_j), the flow from before t to t and
+after. It is cumulated from the end of (q_i·dq_i) − (k_i·dk_i), both without their pair i = j, which no decay touches:
+what cancels is then no larger than the flow itself, also where decays are strong. The last step and the last state
+are such a pair, too: it is left out of k_T·dk_T, and of the last state that the flow at the end is reckoned from.
+
+Source: GLA (arXiv 2312.06635), section 4; the two levels: card of TFLA (arXiv 2503.14376), section 3.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ostinato.ops.kernels.triton.chunk_parts import (
+    FORGETS,
+    last_of,
+    load_steps,
+    load_tile,
+    store_tile,
+)
+
+
+@triton.jit
+def state_block(first, BV: tl.constexpr, BK: tl.constexpr, by_key, by_value, key_dim, value_dim):
+    """Offsets of a block of a state that is held as (value, key), and which of them exist."""
+    value = first + tl.arange(0, BV)
+    key = tl.arange(0, BK)
+    inside = (value < value_dim)[:, None] & (key < key_dim)[None, :]
+    return value[:, None] * by_value + key[None, :] * by_key, inside
+
+
+@triton.jit
+def walk(
+    readers,
+    written,
+    values,
+    beside,
+    sums,
+    parts,
+    initial,
+    outputs,
+    products,
+    last,
+    kept,
+    time,
+    heads,
+    chunks,
+    readers_batch,
+    readers_time,
+    readers_head,
+    written_batch,
+    written_time,
+    written_head,
+    values_batch,
+    values_time,
+    values_head,
+    beside_batch,
+    beside_time,
+    beside_head,
+    by_key,
+    by_value,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DECAY: tl.constexpr,
+    RESET: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LAST: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Outputs, or (OUTPUTS false) only what a segment adds to the state and how much of the state it keeps.
+
+    PRODUCTS: also the inner product of each row of `beside` with the output, without the pair of a step with itself,
+    and the last state is without what the last step wrote.
+    WIDE: operands that can outgrow the inputs' range are multiplied in float32.
+    """
+    blocks = (VALUE_DIM + BV - 1) // BV
+    segments = tl.num_programs(1)
+    program = tl.program_id(0).to(tl.int64)
+    block = program % blocks
+    sequence = program // blocks
+    segment = tl.program_id(1).to(tl.int64)
+    batch, head = sequence // heads, sequence % heads
+    first = (block * BV).to(tl.int32)
+
+    readers += batch * readers_batch + head * readers_head
+    written += batch * written_batch + head * written_head
+    values += batch * values_batch + head * values_head
+    if PRODUCTS:
+        beside += batch * beside_batch + head * beside_head
+        products += (block * (tl.num_programs(0) // blocks) + sequence) * time
+    sums += sequence * time
+    parts += batch * time
+    outputs += (batch * time * heads + head) * VALUE_DIM
+
+    place, inside = state_block(first, BV, BK, by_key, by_value, KEY_DIM, VALUE_DIM)
+    place = (sequence * segments + segment) * (KEY_DIM * VALUE_DIM) + place
+    if INITIAL:
+        state = tl.load(initial + place, mask=inside, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros([BV, BK], dtype=tl.float32)
+
+    if PRODUCTS and REVERSE and INITIAL:
+        # What the last step reads of the last state's gradient, in this program if it has that step.
+        key, end = tl.arange(0, BK), time - 1
+        has_end = (key < KEY_DIM) & (segment == segments - 1)
+        x = tl.load(readers + end.to(tl.int64) * readers_time + key, mask=has_end, other=0.0).to(tl.float32)
+        read_of_end = tl.sum(state * x[None, :], axis=1)
+
+    operand = values.dtype.element_ty
+    if WIDE:
+        operand = tl.float32
+    step = tl.arange(0, ROWS)
+    whole = tl.full([], 0.0, tl.float32)
+    count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks).to(tl.int32)
+    for index in tl.range(0, count, num_stages=STAGES):
+        if REVERSE:
+            start = ((segment * chunks + count - 1 - index) * ROWS).to(tl.int32)
+        else:
+            start = ((segment * chunks + index) * ROWS).to(tl.int32)
+        z = load_tile(written, start, written_time, time, 0, KEY_DIM, ROWS, BK)
+        u = load_tile(values, start, values_time, time, first, VALUE_DIM, ROWS, BV)
+
+        carry = 1.0
+        end = tl.minimum(start + ROWS, time) - 1
+        if RESET:
+            part = load_steps(parts, start, 1, time, ROWS)
+            count_parts = tl.load(parts + end)
+            carry = tl.where(count_parts == 0, 1.0, 0.0)
+            whole = tl.where(count_parts > 0, 2.0 * FORGETS, whole)
+            entering = tl.where(part == 0, 1.0, 0.0)
+            leaving = tl.where((part == count_parts) | (start + step >= time), 1.0, 0.0)
+        else:
+            entering, leaving = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], 1.0, tl.float32)
+        if DECAY:
+            total = load_steps(sums, start, 1, time, ROWS)
+            whole_sum = tl.load(sums + end)
+            whole += whole_sum.to(tl.float32)
+            carry = carry * tl.exp(whole_sum.to(tl.float32))
+            entering = entering * tl.exp(total.to(tl.float32))
+            leaving = leaving * tl.exp(tl.minimum((whole_sum - total).to(tl.float32), 0.0))
+
+        if OUTPUTS:
+            x = load_tile(readers, start, readers_time, time, 0, KEY_DIM, ROWS, BK)
+            scores = tl.dot(z, tl.trans(x), input_precision=PRECISION)
+            # Rows are what is written, columns what reads.
+            if REVERSE:
+                keep = step[:, None] >= step[None, :]
+            else:
+                keep = step[:, None] <= step[None, :]
+            if PRODUCTS:
+                own = tl.sum(tl.where(step[:, None] == step[None, :], scores, 0.0), axis=0)
+                keep = keep & (step[:, None] != step[None, :])
+            if RESET:
+                keep = keep & (part[:, None] == part[None, :])
+            if DECAY:
+                if REVERSE:
+                    pairs = tl.minimum((total[:, None] - total[None, :]).to(tl.float32), 0.0)
+                else:
+                    pairs = tl.minimum((total[None, :] - total[:, None]).to(tl.float32), 0.0)
+                scores = scores * tl.exp(tl.where(keep, pairs, float("-inf")))
+            else:
+                scores = tl.where(keep, scores, 0.0)
+            y = tl.dot(state.to(operand), tl.trans(x).to(operand), input_precision=PRECISION)
+            if PRODUCTS and REVERSE and INITIAL:
+                leaving = tl.where(start + step == time - 1, 0.0, leaving)
+            if DECAY or RESET:
+                if REVERSE:
+                    y = y * leaving[None, :]
+                else:
+                    y = y * entering[None, :]
+            y = tl.dot(tl.trans(u).to(operand), scores.to(operand), acc=y, input_precision=PRECISION)
+            y = tl.trans(y)
+            if PRODUCTS:
+                w = load_tile(beside, start, beside_time, time, first, VALUE_DIM, ROWS, BV)
+                product = tl.sum(y * w.to(tl.float32), axis=1)
+                tl.store(products + start + step, product, mask=step < time - start)
+                y = y + own[:, None] * u.to(tl.float32)
+                if REVERSE and INITIAL:
+                    y = y + tl.where(start + step == time - 1, 1.0, 0.0)[:, None] * read_of_end[None, :]
+            store_tile(outputs, start, heads * VALUE_DIM, time, first, y, VALUE_DIM, ROWS, BV)
+
+        added = tl.trans(u)
+        if DECAY or RESET:
+            if PRODUCTS and not REVERSE:
+                leaving = tl.where(start + step == time - 1, 0.0, leaving)
+            if REVERSE:
+                added = added.to(tl.float32) * entering[None, :]
+            else:
+                added = added.to(tl.float32) * leaving[None, :]
+            state = state * carry
+        state = tl.dot(added.to(operand), z.to(operand), acc=state, input_precision=PRECISION)
+
+    if LAST:
+        tl.store(last + place, state, mask=inside)
+    if not OUTPUTS:
+        if block == 0:
+            tl.store(kept + sequence * segments + segment, tl.exp(whole))
+
+
+@triton.jit
+def enter(
+    added,
+    kept,
+    initial,
+    entering,
+    last,
+    segments,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PER_KEY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    INITIAL: tl.constexpr,
+):
+    """The state that enters each segment, and the last one, of S_{n+1} = kept_n S_n + added_n; rows of SIZE numbers.
+
+    `kept` is one number a segment, or with PER_KEY > 0 one for every PER_KEY numbers of the state.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < SIZE
+    if INITIAL:
+        state = tl.load(initial + sequence * SIZE + offset, mask=inside, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros([BLOCK], dtype=tl.float32)
+    for index in range(segments):
+        segment = index
+        if REVERSE:
+            segment = segments - 1 - index
+        row = sequence * segments + segment
+        tl.store(entering + row * SIZE + offset, state, mask=inside)
+        if PER_KEY > 0:
+            factor = tl.load(kept + row * (SIZE // PER_KEY) + offset // PER_KEY, mask=inside, other=0.0)
+        else:
+            factor = tl.load(kept + row)
+        state = state * factor + tl.load(added + row * SIZE + offset, mask=inside, other=0.0)
+    tl.store(last + sequence * SIZE + offset, state, mask=inside)
+
+
+@triton.jit
+def _join(early, early_cut, late, late_cut):
+    """Sums that start anew at a cut."""
+    return tl.where(late_cut > 0, late, early + late), early_cut | late_cut
+
+
+@triton.jit
+def decay_gradient(
+    read,
+    wrote,
+    flow,
+    log_decay,
+    reset,
+    gradient,
+    time,
+    heads,
+    per_segment,
+    blocks_read,
+    blocks_wrote,
+    RESET: tl.constexpr,
+    FLOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dg_t = Σ_{s ≥ t} (read_s − wrote_s) + flow, over the steps from t to the end of its sequence or segment."""
+    sequence = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1)
+    rows = tl.num_programs(0).to(tl.int64) * time
+    batch, head = sequence // heads, sequence % heads
+    carry = 0.0
+    if FLOW:
+        carry = tl.load(flow + sequence * tl.num_programs(1) + segment)
+    end = tl.minimum((segment + 1) * per_segment, time)
+    steps = end - segment * per_segment
+    for index in range((steps + BLOCK - 1) // BLOCK):
+        # Latest first.
+        t = end - 1 - index * BLOCK - tl.arange(0, BLOCK)
+        inside = t >= segment * per_segment
+        change = tl.zeros([BLOCK], dtype=tl.float32)
+        for block in range(blocks_read):
+            change += tl.load(read + block * rows + sequence * time + t, mask=inside, other=0.0)
+        for block in range(blocks_wrote):
+            change -= tl.load(wrote + block * rows + sequence * time + t, mask=inside, other=0.0)
+        row = (batch * time + t) * heads + head
+        nothing = tl.load(log_decay + row, mask=inside, other=0.0).to(tl.float32) <= FORGETS
+        later = inside & (t + 1 < time)
+        cut = tl.load(log_decay + row + heads, mask=later, other=0.0).to(tl.float32) <= FORGETS
+        if RESET:
+            nothing = nothing | (tl.load(reset + batch * time + t, mask=inside, other=0) != 0)
+            cut = cut | (tl.load(reset + batch * time + t + 1, mask=later, other=0) != 0)
+        total, was_cut = tl.associative_scan((change, cut.to(tl.int32)), 0, _join)
+        total = total + tl.where(was_cut > 0, 0.0, carry)
+        tl.store(gradient + row, tl.where(nothing, 0.0, total).to(gradient.dtype.element_ty), mask=inside)
+        carry = last_of(total, BLOCK)
