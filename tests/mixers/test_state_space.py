@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ostinato.errors import ConfigurationError
+from ostinato.errors import ConfigurationError, StateError
+from ostinato.mixers.bidirectional_s4 import BidirectionalS4
 from ostinato.mixers.registry import mixer
 from ostinato.mixers.s4 import S4
 from ostinato.mixers.s4d import S4D
@@ -265,3 +266,19 @@ def test_bad_options_are_named() -> None:
         S4D(4, output="linear")
     with pytest.raises(ConfigurationError, match="must be even, got 12/4"):
         S5(4, d_state=12, blocks=4)
+
+
+def test_both_directions_are_two_kernels() -> None:
+    """Against sums over past and future with taps from the impulse responses of the two systems."""
+    layer = BidirectionalS4(3, d_state=8, block_length=4).double()
+    x, impulse = torch.randn(2, 11, 3, dtype=torch.float64), torch.zeros(1, 11, 3, dtype=torch.float64)
+    impulse[:, 0] = 1
+    past, future = (system(impulse)[0][0] - system.skip * impulse[0] for system in (layer.past, layer.future))
+    y = layer.past.skip * x
+    for t in range(11):
+        for s in range(11):
+            y[:, t] += (past[t - s] if s <= t else future[s - t - 1]) * x[:, s]
+    wanted = torch.nn.functional.glu(layer.to_output(torch.nn.functional.gelu(y)), dim=-1)
+    torch.testing.assert_close(layer(x)[0], wanted, rtol=0, atol=1e-12)
+    with pytest.raises(StateError, match="whole sequences"):
+        layer(x, reset=torch.zeros(2, 11, dtype=torch.bool))
