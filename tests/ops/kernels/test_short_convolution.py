@@ -32,8 +32,8 @@ def test_it_is_the_definition(device, time, width, dtype, resets):
     with ostinato.backend("reference"):
         exact = values_and_gradients(*(a.double() for a in (x, w, state, b)), reset, cotangent.double())
     for ours, theirs in zip(found, exact, strict=True):
-        # One rounding to bf16 costs at most 2^-9 of each number; Triton's interpreter cuts instead, at most 2^-8.
-        bound = 1e-6 if ours.dtype == torch.float32 else 2**-9 if device.type == "cuda" else 2**-8
+        # One rounding to bf16 costs at most 2^-8 of each number; Triton's interpreter cuts instead, at most 2^-7.
+        bound = 1e-6 if ours.dtype == torch.float32 else 2**-8 if device.type == "cuda" else 2**-7
         assert (ours.double() - theirs).norm() <= bound * theirs.norm()
 
 

@@ -20,14 +20,13 @@ _STEPS, _CHANNELS, _WIDEST = 64, 64, 16
 
 
 @triton.jit
-def load_inputs(inputs, state, batch, step, channel, time, channels, inside, PAST: tl.constexpr):
-    """x at a column of steps, those before the first from the state; `inside` masks what is to be read."""
-    here = batch * time * channels + step[:, None] * channels + channel[None, :]
-    x = tl.load(inputs + here, mask=inside & (step >= 0)[:, None], other=0.0).to(tl.float32)
-    if PAST > 0:
-        early = (step < 0)[:, None]
-        there = batch * PAST * channels + (step + PAST)[:, None] * channels + channel[None, :]
-        x += tl.load(state + there, mask=inside & early, other=0.0).to(tl.float32)
+def load_inputs(inputs, state, step, channel, channels, inside, PAST: tl.constexpr):
+    """x of one sequence at a column of steps, those before the first from its state; `inside` masks what is read."""
+    here = inputs + step[:, None] * channels + channel[None, :]
+    x = tl.load(here, mask=inside & (step >= 0)[:, None], other=0.0).to(tl.float32)
+    if PAST > 0 and tl.program_id(0) == 0:  # only the first tile sees the state
+        early = state + (step + PAST)[:, None] * channels + channel[None, :]
+        x += tl.load(early, mask=inside & (step < 0)[:, None], other=0.0).to(tl.float32)
     return x
 
 
@@ -36,8 +35,12 @@ def _forward(
     inputs, weight, bias, state, reset, outputs, time, channels,
     WIDTH: tl.constexpr, BIAS: tl.constexpr, RESET: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    # Within a sequence 32 bits address everything (`refuses` sees to it); between sequences they might not.
     batch = tl.program_id(2).to(tl.int64)
-    step = tl.program_id(0).to(tl.int64) * STEPS + tl.arange(0, STEPS)
+    inputs += batch * time * channels
+    outputs += batch * time * channels
+    state += batch * (WIDTH - 1) * channels
+    step = tl.program_id(0) * STEPS + tl.arange(0, STEPS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     there, wide = step < time, channel < channels
     inside = there[:, None] & wide[None, :]
@@ -49,10 +52,9 @@ def _forward(
         if RESET and lag > 0:
             new = tl.load(reset + batch * time + step - lag + 1, mask=there & (step - lag + 1 >= 0), other=0)
             same = same & (new == 0)
-        x = load_inputs(inputs, state, batch, step - lag, channel, time, channels, inside & same[:, None], WIDTH - 1)
+        x = load_inputs(inputs, state, step - lag, channel, channels, inside & same[:, None], WIDTH - 1)
         total += x * tl.load(weight + lag * channels + channel, mask=wide, other=0.0).to(tl.float32)[None, :]
-    place = batch * time * channels + step[:, None] * channels + channel[None, :]
-    tl.store(outputs + place, total, mask=inside)
+    tl.store(outputs + step[:, None] * channels + channel[None, :], total, mask=inside)
 
 
 @triton.jit
@@ -63,11 +65,15 @@ def _backward(
     # The tile's steps start at −(WIDTH − 1): those below 0 are the state's.
     PAST: tl.constexpr = WIDTH - 1
     batch = tl.program_id(2).to(tl.int64)
-    step = tl.program_id(0).to(tl.int64) * STEPS + tl.arange(0, STEPS) - PAST
+    grad += batch * time * channels
+    inputs += batch * time * channels
+    grad_inputs += batch * time * channels
+    state += batch * PAST * channels
+    grad_state += batch * PAST * channels
+    step = tl.program_id(0) * STEPS + tl.arange(0, STEPS) - PAST
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     wide = channel < channels
-    origin = batch * time * channels
-    x = load_inputs(inputs, state, batch, step, channel, time, channels, (step < time)[:, None] & wide[None, :], PAST)
+    x = load_inputs(inputs, state, step, channel, channels, (step < time)[:, None] & wide[None, :], PAST)
     total = tl.zeros((STEPS, CHANNELS), tl.float32)
     row = ((batch * tiles + tl.program_id(0)) * (WIDTH + 1)) * channels + channel
     same = step < time
@@ -78,16 +84,16 @@ def _backward(
             new = tl.load(reset + batch * time + later, mask=there, other=0)
             same = same & (new == 0)
         mask = (there & same)[:, None] & wide[None, :]
-        dy = tl.load(grad + origin + later[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(grad + later[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         total += dy * tl.load(weight + lag * channels + channel, mask=wide, other=0.0).to(tl.float32)[None, :]
         tl.store(partial + row + lag * channels, tl.sum(dy * x, axis=0), mask=wide)
         if lag == 0:
             tl.store(partial + row + WIDTH * channels, tl.sum(dy, axis=0), mask=wide)
-    here = origin + step[:, None] * channels + channel[None, :]
-    tl.store(grad_inputs + here, total, mask=((step >= 0) & (step < time))[:, None] & wide[None, :])
-    if PAST > 0:
-        before = batch * PAST * channels + (step + PAST)[:, None] * channels + channel[None, :]
-        tl.store(grad_state + before, total, mask=(step < 0)[:, None] & wide[None, :])
+    here = grad_inputs + step[:, None] * channels + channel[None, :]
+    tl.store(here, total, mask=((step >= 0) & (step < time))[:, None] & wide[None, :])
+    if PAST > 0 and tl.program_id(0) == 0:
+        before = grad_state + (step + PAST)[:, None] * channels + channel[None, :]
+        tl.store(before, total, mask=(step < 0)[:, None] & wide[None, :])
 
 
 @torch.library.custom_op("ostinato::short_convolution", mutates_args=())
@@ -166,6 +172,8 @@ def refuses(inputs: Tensor, weight: Tensor, *_: Any) -> str | None:
         return f"this kernel computes in float32, not in {inputs.dtype}"
     if weight.shape[0] > _WIDEST:
         return f"this kernel has at most {_WIDEST} taps, not {weight.shape[0]}"
+    if (inputs.shape[1] + _STEPS) * inputs.shape[2] >= 2**31:
+        return "a sequence has too many elements for this kernel"
     return None
 
 
