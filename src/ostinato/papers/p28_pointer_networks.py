@@ -68,8 +68,7 @@ def experiment(run: Run) -> list[Measured]:
     most = run.choose(smoke=20, cpu=20, gpu=50)  # points of a hull in the wider training
     corners = run.choose(smoke=5, cpu=5, gpu=10)  # the most points of a triangulation in training
     cities = run.choose(smoke=8, cpu=8, gpu=10)
-    device = "cuda" if torch.cuda.is_available() and run.budget == "gpu" else "cpu"
-    training = {"batch_size": batch_size, "rate": rate, "pool": pool, "device": device, "say": run.say}
+    training = {"batch_size": batch_size, "rate": rate, "pool": pool, "run": run}
     settings = {"hidden": hidden, "tests": tests, "training": training}
     quicker = settings | {"training": training | {"rate": run.choose(smoke=2e-3, cpu=4e-3, gpu=2e-3)}}
     run.sizes |= {
@@ -145,8 +144,12 @@ def _test_set(generate: Generator, rows: int, n: int) -> Pointing:
     return generate(np.random.default_rng([2800, n]), rows, n)
 
 
-def _tensor(points: np.ndarray, device: str) -> torch.Tensor:
+def _tensor(points: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(points).float().to(device)
+
+
+def _decoded(model: PointingModel, points: np.ndarray, **options: Any) -> np.ndarray:
+    return model.decode(_tensor(points, model.start.device), **options)[0].cpu().numpy()
 
 
 def _trained(
@@ -158,10 +161,10 @@ def _trained(
     batch_size: int,
     rate: float,
     pool: int,
-    device: str,
-    say: Callable[[str], None],
+    run: Run,
 ) -> PointingModel:
     """All instances of a batch have the same number of points, drawn from `sizes`."""
+    device = "cuda" if torch.cuda.is_available() and run.budget == "gpu" else "cpu"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build().to(device)
@@ -180,7 +183,7 @@ def _trained(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
         if (step + 1) % max(1, steps // 4) == 0:
-            say(f"  step {step + 1} of {steps}: {loss.item():.3f} nats")
+            run.say(f"  step {step + 1} of {steps}: {loss.item():.3f} nats")
     return model.eval()
 
 
@@ -191,14 +194,8 @@ def _sorting(steps: int, seed: int, hidden: int, tests: int, training: dict[str,
     out = {}
     for n in (5, 8):
         data = _test_set(sorting, tests, n)
-        found, _ = model.decode(_tensor(data.points, training["device"]))
-        out[str(n)] = float((found.cpu().numpy() == data.targets).all(axis=1).mean())
+        out[str(n)] = float((_decoded(model, data.points) == data.targets).all(axis=1).mean())
     return out
-
-
-def _answers(model: PointingModel, data: Pointing, device: str, steps: int | None = None) -> list[list[int]]:
-    made, _ = model.decode(_tensor(data.points, device), max_steps=steps)
-    return [answer(row) for row in made.cpu().numpy()]
 
 
 def _hulls(
@@ -222,7 +219,7 @@ def _hulls(
     out: dict[str, Any] = {}
     for n in tested_on if arm == "Ptr-Net" else [n for n in tested_on if n <= most]:
         data = _test_set(convex_hulls, tests, n)
-        found = _answers(model, data, training["device"])
+        found = [answer(row) for row in _decoded(model, data.points)]
         true = [answer(row) for row in data.targets]
         areas = [area_coverage(p, f, t) for p, f, t in zip(data.points, found, true, strict=True)]
         simple = [area for area in areas if area is not None]
@@ -243,7 +240,7 @@ def _triangulations(
     out = {}
     for n in (5, 10):
         data = _test_set(delaunay, tests, n)
-        found = _answers(model, data, training["device"], steps=6 * n)
+        found = [answer(row) for row in _decoded(model, data.points, max_steps=6 * n)]
         true = [answer(row) for row in data.targets]
         pairs = list(zip(found, true, strict=True))
         nearest = [neighbour_triangles(each) for each in data.points]
@@ -272,8 +269,7 @@ def _tours(
         points = _test_set(_greedy, tests, n).points
         methods = {name: heuristic(points) for name, heuristic in HEURISTICS.items()}
         for name, beam in (("Ptr-Net", 4), ("Ptr-Net, greedy", 1)):
-            made, _ = model.decode(_tensor(points, training["device"]), beam=beam)
-            methods[name] = made.cpu().numpy() - 1
+            methods[name] = _decoded(model, points, beam=beam) - 1
         if n <= 12:
             methods["optimal"] = _optimal(tests, n)
         out[str(n)] = {name: float(tour_lengths(points, tour).mean()) for name, tour in methods.items()}
