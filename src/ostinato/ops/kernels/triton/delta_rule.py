@@ -3,7 +3,7 @@
 Forward: T and P of every chunk (`delta_rule_chunks`, or `delta_rule_channels` where every key channel has its decay),
 then one walk (`delta_rule_walk`). Backward: the walk again, to have the states that enter the chunks, the walk back
 with the state's gradient, and the gradients of all chunks at once. Between forward and backward only T, P and the
-factors of the rows are kept, and nothing where decays are per channel.
+factors of the rows are kept, and none of them where decays are per channel.
 
 Half precision is multiplied as such and summed up in float32, in which the state is kept on chip.
 """
@@ -79,14 +79,14 @@ def _forward(
     state: Tensor | None,
     reset: Tensor | None,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, last state; and for the backward pass T, P, the factors of the rows and of the states."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, last state; for the backward pass T, P, factors of rows and states, and what of segments is kept."""
     p = _plan(queries, keys, values, log_decay)
     chunks = launches.prepare(p, queries, keys, beta, log_decay, reset, normalize)
     outputs = values.new_empty(p.batch, p.tokens, p.heads, p.value_dim)
-    last = launches.walk(p, chunks, values, state, outputs=outputs)
-    kept = _none(queries) if _by_channel(log_decay) else (chunks.inverse, chunks.scores, chunks.factors, chunks.carried)
-    return outputs, last, *kept
+    last, entering, transitions = launches.walk(p, chunks, values, state, outputs)
+    inverse, scores, factors, carried = _none(queries) if _by_channel(log_decay) else chunks.walks()
+    return outputs, last, inverse, scores, factors, carried, entering, transitions
 
 
 @_forward.register_fake
@@ -99,12 +99,12 @@ def _(
     state: Tensor | None,
     reset: Tensor | None,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = _plan(queries, keys, values, log_decay)
     outputs = values.new_empty(p.batch, p.tokens, p.heads, p.value_dim)
     last = queries.new_empty(p.batch, p.heads, p.key_dim, p.value_dim, dtype=torch.float32)
     kept = _none(queries) if _by_channel(log_decay) else launches.empty_chunks(p, queries, channels=False)
-    return outputs, last, *kept
+    return outputs, last, *kept, *launches.empty_segments(p, values)
 
 
 @torch.library.custom_op("ostinato::delta_rule_backward", mutates_args=())
@@ -122,6 +122,8 @@ def _backward(
     scores: Tensor,
     factors: Tensor,
     carried: Tensor,
+    segment_states: Tensor,
+    transitions: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of queries, keys, values, β, log-decays and initial state (empty where there is none)."""
@@ -133,8 +135,8 @@ def _backward(
     entering = queries.new_empty(p.pairs, p.chunks, p.key_dim, p.value_dim)
     leaving = torch.empty_like(entering)
     fresh, residual = torch.empty_like(values), torch.empty_like(values)
-    launches.walk(p, chunks, values, state, kept=(entering, fresh))
-    grad_initial = launches.walk_back(p, chunks, grad_outputs, grad_last, (leaving, residual))
+    launches.walk_again(p, chunks, values, state, segment_states, (entering, fresh))
+    grad_initial = launches.walk_back(p, chunks, grad_outputs, grad_last, transitions, (leaving, residual))
     inputs, walked = (queries, keys, values, beta, log_decay, reset), (entering, leaving, fresh, residual)
     return *launches.gradients(p, chunks, inputs, walked, grad_outputs, normalize), grad_initial
 
@@ -154,6 +156,8 @@ def _(
     scores: Tensor,
     factors: Tensor,
     carried: Tensor,
+    segment_states: Tensor,
+    transitions: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, key_dim = queries.shape

@@ -272,43 +272,6 @@ def gradients(
     start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
     origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
 
-    to_query = tl.zeros([BQ, BK], tl.float32)
-    to_read = tl.zeros([C, BK], tl.float32)
-    to_write = tl.zeros([C, BK], tl.float32)
-    to_score = tl.zeros([BQ, C], tl.float32)
-    to_lower = tl.zeros([C, C], tl.float32)
-    to_rate = tl.zeros([C], tl.float32)
-    kept_state = tl.zeros([BK], tl.float32)
-    if BETA:
-        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
-    else:
-        rate = row_in.to(tl.float32)
-    for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        value = block * BV + tl.arange(0, BV)
-        value_in = (value < V)[None, :]
-        inside = row_in[:, None] & value_in
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
-        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
-        grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
-        written = tl.load(fresh + value_offset, mask=inside, other=0.0)
-        target = tl.load(residual + value_offset, mask=inside, other=0.0)
-        state_in = (key < K)[:, None] & value_in
-        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
-        state = tl.load(entering + state_offset, mask=state_in, other=0.0)
-        grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)
-        to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
-        to_read = tl.dot(target, tl.trans(state), to_read, input_precision=PRECISION)
-        to_write = tl.dot(written, tl.trans(grad_state), to_write, input_precision=PRECISION)
-        to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
-        to_lower = tl.dot(target, tl.trans(written), to_lower, input_precision=PRECISION)
-        if DECAY:
-            kept_state += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
-        wide = target.to(tl.float32)
-        if BETA:
-            v = tl.load(values + value_offset, mask=inside, other=0.0).to(tl.float32)
-            to_rate += tl.sum(wide * v, 1)
-        tl.store(grad_values + value_offset, (rate[:, None] * wide).to(dtype), mask=inside)
-
     begins = row_in & (row % MICRO == 0)
     flags = reset + batch * tokens + n * TOKENS
     decay, segment = token_decays(log_decay + origin, flags, row_token, row_token * heads, begins, DECAY, RESET)
@@ -324,68 +287,110 @@ def gradients(
         query_total = tl.cumsum(query_decay, 0)
     query_entered = tl.exp(query_total) if DECAY else tl.full([BQ], 1.0, tl.float32)
     query_entered = tl.where(query_segment == 0, query_entered, 0.0)
-
+    if BETA:
+        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
+    else:
+        rate = row_in.to(tl.float32)
     key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
     query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+
+    # First what reads: the queries, of the entering state and of the scores.
+    to_query = tl.zeros([BQ, BK], tl.float32)
+    to_score = tl.zeros([BQ, C], tl.float32)
+    for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+        value = block * BV + tl.arange(0, BV)
+        value_in = (value < V)[None, :]
+        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
+        grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
+        state = tl.load(entering + state_offset, mask=(key < K)[:, None] & value_in, other=0.0)
+        written = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0)
+        to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
+        to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
     k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0)
     q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0)
-    wide_key = k.to(tl.float32)
-    wide_query = q.to(tl.float32)
     if NORMALIZE:
+        wide_key = k.to(tl.float32)
         key_scale = tl.rsqrt(tl.sum(wide_key * wide_key, 1) + EPS)
+        wide_query = q.to(tl.float32)
         query_scale = tl.rsqrt(tl.sum(wide_query * wide_query, 1) + EPS)
     else:
         key_scale = tl.full([C], 1.0, tl.float32)
         query_scale = tl.full([BQ], 1.0, tl.float32)
-
-    # What a row of the queries weighs: of the entering state and of the scores.
     to_query *= (query_entered * query_scale)[:, None]
-    of_query = tl.sum(to_query * wide_query, 1)
     kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
     to_score = tl.where(kept, to_score, 0.0)
     if DECAY:
+        of_query = tl.sum(to_query * q.to(tl.float32), 1)
         score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]).to(tl.float32)
         weight = score * to_score
         of_query += tl.sum(weight, 1)
         of_column = tl.sum(weight, 0)
     to_score *= query_scale[:, None] * key_scale[None, :]
     to_score *= pair_decays(query_decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
-    to_score = to_score.to(dtype)
-    to_query = tl.dot(to_score, k, to_query, input_precision=PRECISION)
+    of_score = to_score.to(dtype)
+    to_query = tl.dot(of_score, k, to_query, input_precision=PRECISION)
+    if NORMALIZE:
+        wide_query = q.to(tl.float32)
+        to_query -= wide_query * (tl.sum(to_query * wide_query, 1) * query_scale * query_scale)[:, None]
+    tl.store(grad_queries + query_offset, to_query.to(dtype), mask=token_in[:, None] & key_in)
 
-    # Of the keys, as they read: without β first, for its gradient.
+    # Then the keys, as they read (without β at first, for its gradient) and as they write.
+    to_read = tl.zeros([C, BK], tl.float32)
+    to_write = tl.zeros([C, BK], tl.float32)
+    to_lower = tl.zeros([C, C], tl.float32)
+    to_rate = tl.zeros([C], tl.float32)
+    kept_state = 0.0
+    for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+        value = block * BV + tl.arange(0, BV)
+        value_in = (value < V)[None, :]
+        inside = row_in[:, None] & value_in
+        state_in = (key < K)[:, None] & value_in
+        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
+        written = tl.load(fresh + value_offset, mask=inside, other=0.0)
+        target = tl.load(residual + value_offset, mask=inside, other=0.0)
+        state = tl.load(entering + state_offset, mask=state_in, other=0.0)
+        grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)
+        to_read = tl.dot(target, tl.trans(state), to_read, input_precision=PRECISION)
+        to_write = tl.dot(written, tl.trans(grad_state), to_write, input_precision=PRECISION)
+        to_lower = tl.dot(target, tl.trans(written), to_lower, input_precision=PRECISION)
+        if DECAY:
+            kept_state += tl.sum(tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1), 0)
+        wide = target.to(tl.float32)
+        if BETA:
+            v = tl.load(values + value_offset, mask=inside, other=0.0).to(tl.float32)
+            to_rate += tl.sum(wide * v, 1)
+        tl.store(grad_values + value_offset, (rate[:, None] * wide).to(dtype), mask=inside)
     kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
     to_lower *= -key_scale[:, None] * key_scale[None, :]
     to_lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
     to_lower = tl.where(kept, to_lower, 0.0)
     to_read *= -(entered * key_scale)[:, None]
-    of_read = tl.sum(to_read * wide_key, 1)
     if BETA or DECAY:
         weight = to_lower * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        of_read += tl.sum(weight, 1)
+        of_read = tl.sum(to_read * k.to(tl.float32), 1) + tl.sum(weight, 1)
         if DECAY:
             of_column += tl.sum(rate[:, None] * weight, 0)
         if BETA:
-            to_rate += of_read
-            tl.store(grad_beta + start + row * heads, to_rate, mask=row_in)
-    to_lower = (to_lower * rate[:, None]).to(dtype)
+            tl.store(grad_beta + start + row * heads, to_rate + of_read, mask=row_in)
+    of_lower = (to_lower * rate[:, None]).to(dtype)
     to_write *= (left * key_scale)[:, None]
     if DECAY:
-        of_write = tl.sum(to_write * wide_key, 1)
+        of_write = tl.sum(to_write * k.to(tl.float32), 1)
         # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what leaves.
         change = to_tokens(rate * of_read - of_column - of_write, token, row_token, MICRO) + of_query
-        leaves = tl.sum(of_write, 0) + through * tl.sum(kept_state, 0)
-        to_decay = tl.cumsum(change, 0, reverse=True) + leaves
+        to_decay = tl.cumsum(change, 0, reverse=True) + tl.sum(of_write, 0) + through * kept_state
         if RESET:
             begin = tl.load(flags + token, mask=token_in, other=0)
             to_decay = tl.where(begin != 0, 0.0, to_decay)
         tl.store(grad_decay + origin + token * heads, to_decay, mask=token_in)
     to_key = to_write + rate[:, None] * to_read
-    to_key = tl.dot(tl.trans(to_score), q, to_key, input_precision=PRECISION)
-    to_key = tl.dot(to_lower, k, to_key, input_precision=PRECISION)
-    to_key = tl.dot(tl.trans(to_lower), k, to_key, input_precision=PRECISION)
+    to_key = tl.dot(tl.trans(of_score), q, to_key, input_precision=PRECISION)
+    to_key = tl.dot(of_lower, k, to_key, input_precision=PRECISION)
+    to_key = tl.dot(tl.trans(of_lower), k, to_key, input_precision=PRECISION)
     if NORMALIZE:
-        to_query -= wide_query * (tl.sum(to_query * wide_query, 1) * query_scale * query_scale)[:, None]
+        wide_key = k.to(tl.float32)
         to_key -= wide_key * (tl.sum(to_key * wide_key, 1) * key_scale * key_scale)[:, None]
-    tl.store(grad_queries + query_offset, to_query.to(dtype), mask=token_in[:, None] & key_in)
     tl.store(grad_keys + key_offset, to_key.to(dtype), mask=row_in[:, None] & key_in)

@@ -11,7 +11,7 @@ from ostinato.ops.checks import HALF
 from ostinato.ops.kernels.triton import delta_rule_channels as of_channels
 from ostinato.ops.kernels.triton import delta_rule_chunks as of_heads
 from ostinato.ops.kernels.triton import delta_rule_walk as walks
-from ostinato.ops.kernels.triton.launch import dot_precision, power_of_two
+from ostinato.ops.kernels.triton.launch import card, dot_precision, power_of_two
 
 
 class Plan(NamedTuple):
@@ -39,7 +39,17 @@ class Plan(NamedTuple):
     gradient_block: int
     gradient_warps: int
     gradient_stages: int
+    gradient_registers: int | None
+    """At most, a thread."""
     prepare_warps: int
+    prepare_registers: int | None
+    segment: int
+    """Chunks to a segment of the walks."""
+
+    @property
+    def segments(self) -> int:
+        """Segments of the walks."""
+        return _cdiv(self.chunks, self.segment)
 
     @property
     def pairs(self) -> int:
@@ -67,7 +77,10 @@ class Plan(NamedTuple):
         return {**found, "V": self.value_dim, "BV": values} if values else found
 
 
-OVERRIDES: dict[str, int] = {}
+SHORTEST_SEGMENT = 8
+"""Chunks: in shorter segments the passes over their edges would cost more than they save."""
+
+OVERRIDES: dict[str, Any] = {}
 """Launch options to try instead of the planned ones, by their names in `Plan`: for tuning."""
 
 
@@ -81,7 +94,8 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
     large = not half or (channels and key_block > 128)
     chunk = OVERRIDES.get("chunk", 32 if large else 64)
     per_chunk = chunk // micro
-    widest = min(64, 8192 // key_block) if half else 32
+    widest = min(64, 8192 // key_block, all_values) if half else min(32, all_values)
+    chunks = _cdiv(tokens, per_chunk)
     found = Plan(
         batch=batch,
         tokens=tokens,
@@ -90,21 +104,31 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
         value_dim=value_dim,
         micro=micro,
         chunk=chunk,
-        chunks=_cdiv(tokens, per_chunk),
+        chunks=chunks,
         query_block=max(16, power_of_two(per_chunk)),
         key_block=key_block,
-        value_block=min(widest, all_values),
+        value_block=widest,
         walk_warps=4,
-        walk_stages=2,
-        back_block=min(widest, all_values),
+        walk_stages=3,
+        back_block=widest,
         back_warps=4,
-        back_stages=2,
+        back_stages=3,
         gradient_block=min(64 if half and key_block <= 128 else 32, all_values),
         gradient_warps=8,
         gradient_stages=1,
+        gradient_registers=None,
         prepare_warps=8 if channels else 4,
+        prepare_registers=None,
+        segment=_segment(chunks, batch * heads * _cdiv(value_dim, widest), card(queries.device).processors),
     )
     return found._replace(**OVERRIDES) if OVERRIDES else found
+
+
+def _segment(chunks: int, programs: int, processors: int) -> int:
+    """Chunks to a segment: all where the heads occupy half the card, else as few as fill it, three walks then."""
+    if 2 * programs > processors:
+        return chunks
+    return min(chunks, max(SHORTEST_SEGMENT, _cdiv(chunks, 2 * processors // programs)))
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -126,7 +150,7 @@ class Chunks(NamedTuple):
     totals: Tensor | None
     """The decays per channel, summed up."""
 
-    def walks(self) -> tuple[Tensor, ...]:
+    def walks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of a walk that belong to chunks."""
         return self.inverse, self.scores, self.factors, self.carried
 
@@ -162,7 +186,7 @@ def prepare(
 ) -> Chunks:
     """T, P and the factors of all chunks; where decays are per channel also their sums, and all decayed."""
     options = _options(queries, beta, reset, normalize)
-    options["SOLVE"] = "ieee" if queries.dtype == torch.float32 else "tf32x3"
+    options["SOLVE"] = "ieee" if queries.dtype == torch.float32 else "tf32"
     rates, flags = keys if beta is None else beta, keys if reset is None else reset
     if log_decay is None or log_decay.ndim == 3:
         room = empty_chunks(p, queries, channels=False)
@@ -179,6 +203,7 @@ def prepare(
             DECAY=log_decay is not None,
             EXACT=queries.dtype == torch.float32,
             num_warps=p.prepare_warps,
+            maxnreg=p.prepare_registers,
         )
         return Chunks(queries, keys, keys, *room, None)
     room = empty_chunks(p, queries, channels=True)
@@ -214,53 +239,60 @@ def prepare(
         **options,
         LEVELS=p.levels,
         num_warps=p.prepare_warps,
+        maxnreg=p.prepare_registers,
     )
     return Chunks(asking, reading, writing, *room, totals)
 
 
-def walk(
+def _walk(
     p: Plan,
     chunks: Chunks,
     values: Tensor,
-    state: Tensor | None,
+    initial: Tensor | None,
+    last: Tensor,
     *,
     outputs: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """The walk, with outputs or keeping the entering states and u. Returns the last state."""
-    last = values.new_empty(p.batch, p.heads, p.key_dim, p.value_dim, dtype=torch.float32)
-    walks.walk[(_cdiv(p.value_dim, p.value_block), p.pairs, 1)](
+    transition: bool = False,
+) -> None:
+    constants, width = p.constants(values=p.value_block), p.value_dim
+    if transition:
+        width = p.key_dim
+        constants.update(V=p.key_dim, BV=min(p.value_block, p.key_block))
+    walks.walk[(_cdiv(width, constants["BV"]), p.pairs, p.segments)](
         chunks.asking,
         chunks.reading,
         chunks.writing,
         values,
         *chunks.walks(),
-        last if state is None else state,
+        last if initial is None else initial,
         values if outputs is None else outputs,
         last,
         *((values, values) if kept is None else kept),
         *p.sizes(),
-        p.chunks,
-        **p.constants(values=p.value_block),
+        p.segment,
+        **constants,
         OUTPUT=outputs is not None,
         KEEP=kept is not None,
-        INITIAL=state is not None,
-        TRANSITION=False,
+        INITIAL=initial is not None,
+        TRANSITION=transition,
         TIED=chunks.totals is None,
         CHANNELS=chunks.totals is not None,
         PRECISION=dot_precision(values.dtype),
         STAGES=p.walk_stages,
         num_warps=p.walk_warps,
     )
-    return last
 
 
-def walk_back(
-    p: Plan, chunks: Chunks, grad_outputs: Tensor, grad_last: Tensor | None, kept: tuple[Tensor, Tensor]
-) -> Tensor:
-    """The walk back, keeping the gradients of the leaving states and dx. Returns the initial state's gradient."""
-    grad_initial = grad_outputs.new_empty(p.batch, p.heads, p.key_dim, p.value_dim, dtype=torch.float32)
-    walks.walk_back[(_cdiv(p.value_dim, p.back_block), p.pairs, 1)](
+def _walk_back(
+    p: Plan,
+    chunks: Chunks,
+    grad_outputs: Tensor,
+    grad_last: Tensor | None,
+    grad_initial: Tensor,
+    kept: tuple[Tensor, Tensor] | None,
+) -> None:
+    walks.walk_back[(_cdiv(p.value_dim, p.back_block), p.pairs, p.segments)](
         chunks.asking,
         chunks.reading,
         chunks.writing,
@@ -268,11 +300,11 @@ def walk_back(
         *chunks.walks(),
         grad_initial if grad_last is None else grad_last,
         grad_initial,
-        *kept,
+        *((grad_outputs, grad_outputs) if kept is None else kept),
         *p.sizes(),
-        p.chunks,
+        p.segment,
         **p.constants(values=p.back_block),
-        KEEP=True,
+        KEEP=kept is not None,
         FINAL=grad_last is not None,
         TIED=chunks.totals is None,
         CHANNELS=chunks.totals is not None,
@@ -280,6 +312,82 @@ def walk_back(
         STAGES=p.back_stages,
         num_warps=p.back_warps,
     )
+
+
+def _enter(
+    p: Plan, transitions: Tensor, added: Tensor, initial: Tensor | None, last: Tensor, *, back: bool = False
+) -> Tensor:
+    """The state that enters each segment (or the gradient of the one that leaves it); fills `last`."""
+    entering, block = torch.empty_like(added), min(32, max(16, power_of_two(p.value_dim)))
+    walks.enter[(_cdiv(p.value_dim, block), p.pairs)](
+        transitions,
+        added,
+        last if initial is None else initial,
+        entering,
+        last,
+        p.segments,
+        K=p.key_dim,
+        V=p.value_dim,
+        BK=p.key_block,
+        BV=block,
+        INITIAL=initial is not None,
+        BACK=back,
+        num_warps=8,
+    )
+    return entering
+
+
+def empty_segments(p: Plan, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the states that enter the segments and their transitions; empty where there is one segment."""
+    if p.segments == 1:
+        return values.new_empty(0), values.new_empty(0)
+    kept = (p.pairs, p.segments, p.key_dim)
+    wide = torch.float32
+    return values.new_empty(*kept, p.value_dim, dtype=wide), values.new_empty(*kept, p.key_dim, dtype=wide)
+
+
+def walk(
+    p: Plan, chunks: Chunks, values: Tensor, state: Tensor | None, outputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills `outputs`; returns the last state, and of several segments the entering states and transitions."""
+    last = values.new_empty(p.batch, p.heads, p.key_dim, p.value_dim, dtype=torch.float32)
+    added, transitions = empty_segments(p, values)
+    if p.segments == 1:
+        _walk(p, chunks, values, state, last, outputs=outputs)
+        return last, added, transitions
+    _walk(p, chunks, values, None, added)
+    _walk(p, chunks, values, None, transitions, transition=True)
+    entering = _enter(p, transitions, added, state, last)
+    _walk(p, chunks, values, entering, added, outputs=outputs)
+    return last, entering, transitions
+
+
+def walk_again(
+    p: Plan, chunks: Chunks, values: Tensor, state: Tensor | None, entering: Tensor, kept: tuple[Tensor, Tensor]
+) -> None:
+    """The walk for the backward pass: keeps the states that enter the chunks, and u."""
+    initial = state if p.segments == 1 else entering
+    last = values.new_empty(p.pairs, p.segments, p.key_dim, p.value_dim, dtype=torch.float32)
+    _walk(p, chunks, values, initial, last, kept=kept)
+
+
+def walk_back(
+    p: Plan,
+    chunks: Chunks,
+    grad_outputs: Tensor,
+    grad_last: Tensor | None,
+    transitions: Tensor,
+    kept: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The walk back: keeps the gradients of the leaving states, and dx. Returns the initial state's gradient."""
+    grad_initial = grad_outputs.new_empty(p.batch, p.heads, p.key_dim, p.value_dim, dtype=torch.float32)
+    if p.segments == 1:
+        _walk_back(p, chunks, grad_outputs, grad_last, grad_initial, kept)
+        return grad_initial
+    added, _ = empty_segments(p, grad_outputs)
+    _walk_back(p, chunks, grad_outputs, None, added, None)
+    leaving = _enter(p, transitions, added, grad_last, grad_initial, back=True)
+    _walk_back(p, chunks, grad_outputs, leaving, added, kept)
     return grad_initial
 
 
@@ -306,6 +414,7 @@ def gradients(
         **_options(queries, beta, reset, normalize),
         "STAGES": p.gradient_stages,
         "num_warps": p.gradient_warps,
+        "maxnreg": p.gradient_registers,
     }
     if chunks.totals is None:
         of_heads.gradients[(p.chunks, p.pairs)](

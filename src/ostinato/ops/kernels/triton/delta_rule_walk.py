@@ -11,7 +11,9 @@ r the keys that read and w those that write. With dS' the gradient of the state 
 
     du = Pᵀ dy + b (w dS'),    dx = Tᵀ du,    dS = d dS' + qᵀ (c dy) − rᵀ (a dx).
 
-One program holds a block of the state's value channels on chip through all chunks of a segment of the sequence.
+One program holds a block of the state's value channels on chip through all chunks of a segment of the sequence. Where
+that leaves processors idle, the sequence has several segments: each is a map S ↦ M S + B, walked once for B, from
+zero, and once for M, from the identity without values; `enter` then finds the states that enter the segments.
 
 Source: Parallel DeltaNet (arXiv 2406.06484), section 3, without its W and U.
 """
@@ -235,3 +237,35 @@ def walk_back(
         grad = tl.dot(tl.trans(query), asked, grad, input_precision=PRECISION)
         grad = tl.dot(tl.trans(read), (-read_factor * target).to(dtype), grad, input_precision=PRECISION)
     store_state(grad_initial, place, key, value, grad, K, V)
+
+
+@triton.jit
+def enter(
+    transitions,
+    added,
+    initial,
+    entering,
+    final,
+    segments,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    INITIAL: tl.constexpr,
+    BACK: tl.constexpr,
+):
+    """S ← M S + B from segment to segment; BACK: S ← Mᵀ S + B from the last on. Grid: (value blocks, batch × heads)."""
+    pair = tl.program_id(1).to(tl.int64)
+    key = tl.arange(0, BK)
+    value = tl.program_id(0) * BV + tl.arange(0, BV)
+    if INITIAL:
+        state = load_state(initial, pair, key, value, K, V).to(tl.float32)
+    else:
+        state = tl.zeros([BK, BV], tl.float32)
+    for step in tl.range(0, segments):
+        place = pair * segments + (segments - 1 - step if BACK else step)
+        store_state(entering, place, key, value, state, K, V)
+        transition = load_state(transitions, place, key, key, K, K)
+        transition = tl.trans(transition) if BACK else transition
+        state = tl.dot(transition, state, load_state(added, place, key, value, K, V), input_precision="ieee")
+    store_state(final, pair, key, value, state, K, V)
