@@ -78,8 +78,9 @@ def plan(
         block_t = min(512, max(32, power_of_two(time)))
         block_c, warps, stages = 1, 1, 2
     else:
-        lanes = 32 * max(1, 16 // width)
-        block_c, block_t, warps, stages = lanes, 16 if tensors < 3 else 8, 1, 4
+        # Rows of which nothing is known are read a number a lane.
+        lanes = 32 * max(1, 16 // width) if channels % 16 == 0 else 32
+        block_c, block_t, warps, stages = lanes, 16 if tensors * width < 12 else 8, 1, 4
         if 2 * batch * math.ceil(channels / block_c) < 3 * processors:
             block_c, block_t, warps = lanes // 4, 64, 4
             if 2 * batch * math.ceil(channels / block_c) < 3 * processors:
@@ -105,7 +106,7 @@ def _flat(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(*tensor.shape[:2], -1)
     if flat.is_complex():
         flat = flat.resolve_conj()
-    batch, time, channels = flat.shape
+    _, time, channels = flat.shape
     along_channels = flat.stride(2) == 1 or channels == 1
     along_time = flat.stride(1) == 1 or time == 1
     return flat if along_channels or along_time else flat.contiguous()
@@ -311,9 +312,7 @@ def _types(transition: Tensor, inputs: Tensor) -> tuple[torch.dtype, torch.dtype
 
 
 @torch.library.custom_op("ostinato::diagonal_scan", mutates_args=())
-def forward(
-    transition: Tensor, inputs: Tensor, state: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(transition: Tensor, inputs: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """The states in the type of the inputs, and the last one in float32 or complex64."""
     outer, kept = _types(transition, inputs)
     b = _flat(inputs.to(outer))
@@ -323,12 +322,11 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    transition: Tensor, inputs: Tensor, state: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(transition: Tensor, inputs: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     outer, kept = _types(transition, inputs)
     b = _flat(inputs.to(outer))
-    states = _empty(*b.shape, _along_time(b), b, outer)
+    batch, time, channels = b.shape
+    states = _empty(batch, time, channels, _along_time(b), b, outer)
     return states.unflatten(2, inputs.shape[2:] or (1,)).view(inputs.shape), inputs.new_empty(
         inputs[:, 0].shape, dtype=kept
     )
@@ -418,8 +416,6 @@ forward.register_autograd(_backward, setup_context=_setup)
 without_second_derivative(backward)
 
 
-def run(
-    transition: Tensor, inputs: Tensor, state: Tensor | None, reset: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def run(transition: Tensor, inputs: Tensor, state: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What the engine's routes compute."""
     return forward(transition, inputs, state, reset)
