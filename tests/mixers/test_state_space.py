@@ -15,7 +15,10 @@ from ostinato.mixers.s4 import S4
 from ostinato.mixers.s4d import S4D
 from ostinato.mixers.s5 import S5
 from ostinato.mixers.time_invariant import from_pairs
+from ostinato.models.vector_classifier import VectorClassifier
 from ostinato.ops.hippo import diagonal_plus_low_rank, discretize, hippo_matrix
+from ostinato.tasks.delayed_cue import DelayedCue
+from ostinato.training.parameters import parameter_groups
 
 
 def s4d_kernel(layer: S4D, length: int) -> Tensor:
@@ -282,3 +285,19 @@ def test_both_directions_are_two_kernels() -> None:
     torch.testing.assert_close(layer(x)[0], wanted, rtol=0, atol=1e-12)
     with pytest.raises(StateError, match="whole sequences"):
         layer(x, reset=torch.zeros(2, 11, dtype=torch.bool))
+
+
+def test_s4_learns_a_delayed_cue() -> None:
+    """An impulse in noise, asked for 44 to 48 steps later: with norms that leave its amplitude, in 100 steps."""
+    task = DelayedCue(classes=4, length=48, window=4, test_size=128)
+    model = VectorClassifier(4, 4, 16, "s4(d_state=16, step_min=0.01)", 2, norm="batch", norm_place="pre")
+    optimiser = torch.optim.AdamW(parameter_groups(model, 1e-2, 0.01))
+    for step in range(100):
+        batch = task.train_batch(step, 32, seed=0)
+        optimiser.zero_grad()
+        task.loss(model(batch.inputs)[0], batch).backward()
+        optimiser.step()
+    model.eval()
+    tests = list(task.test_batches())
+    right = sum(int((model(test.inputs)[0][:, -1].argmax(-1) == test.targets[:, -1]).sum()) for test in tests)
+    assert right / 128 > 0.95
