@@ -9,32 +9,42 @@ A step of a small batch launches hundreds of kernels that each take a few micros
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ostinato.state
 from ostinato.errors import BackendError, ConfigurationError, ShapeError
+from ostinato.models.backbone import Block
 from ostinato.state import State
 
 
-class Steps(Protocol):
-    """What can be captured: `step(x, state) -> (output, state)`; language models, backbones and mixers have it."""
-
-    def step(self, x: Tensor, state: State, /) -> tuple[Tensor, State]:
-        """One step."""
+@contextmanager
+def _compiled_blocks(model: nn.Module) -> Iterator[None]:
+    """Compile the blocks, all of one shape at once, while the block runs; the model itself stays as it was."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)] or [model]
+    try:
+        for block in blocks:
+            # Only with this option is a product with one row fused with what stands before and after it.
+            block.compile(dynamic=False, options={"coordinate_descent_tuning": True})
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 class CapturedStep:
     """`model.step`, recorded once and replayed.
 
     Args:
-        model: a module with `step(x, state)`; its parameters on one CUDA device, in evaluation mode.
+        model: a module with `step(x, state) -> (output, state)`: a language model, a backbone, a mixer; its parameters on one CUDA device, in evaluation mode.
         state: where to go on from; it is copied. Its batch size is the graph's.
         example: an input of one step, whose shape and type the graph takes; None takes token ids, (batch,).
-        compile: let `torch.compile` fuse the step first: fewer, larger kernels, but tens of seconds until the
-            first step.
+        compile: let `torch.compile` fuse every block of the model first, its matrix–vector products too: fewer,
+            larger kernels, but half a minute until the first step.
 
     The parameters are read where they are: a later change to their values shows in the next step, a change of
     their place or type does not. No derivatives.
@@ -45,7 +55,7 @@ class CapturedStep:
         ShapeError: an input of another shape than the graph's.
     """
 
-    def __init__(self, model: Any, state: State, *, example: Tensor | None = None, compile: bool = False) -> None:
+    def __init__(self, model: nn.Module, state: State, *, example: Tensor | None = None, compile: bool = False) -> None:
         tensors = [leaf for _, leaf in ostinato.state.leaves(state)]
         if not tensors or tensors[0].device.type != "cuda":
             where = tensors[0].device if tensors else "nowhere"
@@ -55,9 +65,8 @@ class CapturedStep:
             example = torch.zeros(ostinato.state.batch_size(state), dtype=torch.long, device=device)
         self._input = example.detach().clone().to(device)
         self._state = ostinato.state.clone(state)
-        step = torch.compile(model.step, fullgraph=False, dynamic=False) if compile else model.step
-        with torch.no_grad():
-            self._record(step)
+        with torch.no_grad(), _compiled_blocks(model) if compile else nullcontext():
+            self._record(model.step)  # type: ignore[arg-type]
 
     def _record(self, step: Any) -> None:
         start = ostinato.state.clone(self._state)

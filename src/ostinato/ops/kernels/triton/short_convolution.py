@@ -16,7 +16,7 @@ from torch import Tensor
 from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.kernels.triton.launch import without_second_derivative
 
-_STEPS, _CHANNELS, _WIDEST = 64, 64, 16
+_STEPS, _CHANNELS, _WIDEST = 128, 64, 16
 
 
 @triton.jit
