@@ -55,7 +55,7 @@ def experiment(run: Run) -> list[Measured]:
     batch_size = run.choose(smoke=8, cpu=64, gpu=512)
     rate = 2e-3
     steps = {
-        "sorting": run.choose(smoke=4, cpu=1200, gpu=2000),
+        "sorting": run.choose(smoke=4, cpu=2500, gpu=2500),
         "hulls": run.choose(smoke=4, cpu=2500, gpu=2500),
         "wide hulls": run.choose(smoke=4, cpu=1500, gpu=5000),
         "triangulations": run.choose(smoke=4, cpu=4000, gpu=8000),
