@@ -25,7 +25,7 @@ from ostinato.state import State
 @contextmanager
 def _compiled_blocks(model: nn.Module) -> Iterator[None]:
     """Compile the blocks, all of one shape at once, while the block runs; the model itself stays as it was."""
-    blocks = [module for module in model.modules() if isinstance(module, Block)] or [model]
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block)] or [model]
     try:
         for block in blocks:
             # Only with this option is a product with one row fused with what stands before and after it.
@@ -40,7 +40,8 @@ class CapturedStep:
     """`model.step`, recorded once and replayed.
 
     Args:
-        model: a module with `step(x, state) -> (output, state)`: a language model, a backbone, a mixer; its parameters on one CUDA device, in evaluation mode.
+        model: a module with `step(x, state) -> (output, state)`: a language model, a backbone, a mixer. Its
+            parameters are on one CUDA device, and it is in evaluation mode.
         state: where to go on from; it is copied. Its batch size is the graph's.
         example: an input of one step, whose shape and type the graph takes; None takes token ids, (batch,).
         compile: let `torch.compile` fuse every block of the model first, its matrix–vector products too: fewer,
