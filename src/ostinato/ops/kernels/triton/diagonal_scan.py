@@ -137,7 +137,8 @@ def _transition(transition: Tensor, shape: torch.Size) -> _Transition:
     """Strides of a transition that broadcasts to `shape`; a broadcast axis has the stride 0."""
     if transition.is_complex():
         transition = transition.resolve_conj()
-    for attempt in (transition, transition.contiguous()):
+    for copied in (False, True):
+        attempt = transition.contiguous() if copied else transition
         wide = attempt.expand(shape)
         # Merge channel axes that one stride can walk.
         groups: list[tuple[int, int]] = []

@@ -62,7 +62,8 @@ _BLOCK_T_BACK = 4 if INTERPRETED else 8
 def segments_of(batch: int, time: int, channels: int, device: torch.device) -> tuple[int, int]:
     """Into how many segments, of what length, the adjoint cuts time: enough to fill the card with warps."""
     programs = batch * math.ceil(channels / _BLOCK_C)
-    wanted = 3 if INTERPRETED else math.ceil(8 * card(device).processors / programs)
+    # Eight warps of this size fit a processor at a time; more would wait for a second round.
+    wanted = 3 if INTERPRETED else 8 * card(device).processors // programs
     shortest = 16 if INTERPRETED else 256
     segments = max(1, min(wanted, time // shortest))
     length = _BLOCK_T_BACK * math.ceil(time / (segments * _BLOCK_T_BACK))

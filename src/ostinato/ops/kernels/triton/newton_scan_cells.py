@@ -9,39 +9,68 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ostinato.ops.kernels.triton.launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of numbers from 1 to infinity, to the last bit but one: no range has to be minded."""
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def gate(scaled):
     """σ(x), given −x log₂e."""
-    return 1.0 / (1.0 + tl.exp2(scaled))
+    return reciprocal(1.0 + tl.exp2(scaled))
+
+
+@triton.jit
+def series(x):
+    """tanh x near zero, to x⁹: its other form, 2σ(2x) − 1, cancels there. Use it where x² < 1/16."""
+    s = x * x
+    return x * (1 + s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488))))
 
 
 @triton.jit
 def squash(x):
-    """tanh x: 2σ(2x) − 1, and near zero, where that cancels, its series to x⁹."""
-    far = 2.0 / (1.0 + tl.exp2(x * (-2 * LOG2E))) - 1.0
-    s = x * x
-    near = x * (1 + s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488))))
-    return tl.where(s < 0.0625, near, far)
+    """tanh x."""
+    far = 2.0 * reciprocal(1.0 + tl.exp2(x * (-2 * LOG2E))) - 1.0
+    return tl.where(x * x < 0.0625, series(x), far)
 
 
 @triton.jit
 def gru_step(h, xz, xr, xn, az, ar, an):
-    """z, r, n and h'. `xz`, `xr`, `az`, `ar` are scaled by −log₂e."""
+    """z, r, n and h'. `xz`, `xr`, `az`, `ar` are scaled by −log₂e.
+
+    Arranged so that little stands between h and h': exponential and reciprocal of r, then those of n.
+    """
     z = gate(tl.fma(az, h, xz))
     r = gate(tl.fma(ar, h, xr))
-    n = squash(tl.fma(an, h * r, xn))
-    return z, r, n, tl.fma(z, n - h, h)
+    nh = an * h
+    x = tl.fma(nh, r, xn)
+    half = reciprocal(1.0 + tl.exp2(tl.fma(nh * (-2 * LOG2E), r, xn * (-2 * LOG2E))))
+    near, small = series(x), x * x < 0.0625
+    n = tl.where(small, near, 2.0 * half - 1.0)
+    # (1 − z) h + z (2 half − 1)
+    stays = h - z * h
+    return z, r, n, tl.where(small, tl.fma(z, near, stays), tl.fma(2.0 * z, half, stays - z))
 
 
 @triton.jit
 def lstm_step(c, h, xf, xz, xo, af, az, ao, pf, po):
     """f, z, o, c', tanh c' and h'. `xf`, `xo`, `af`, `ao`, `pf`, `po` are scaled by −log₂e."""
     f = gate(tl.fma(af, h, tl.fma(pf, c, xf)))
-    z = squash(tl.fma(az, h, xz))
-    cell = tl.fma(f, c - z, z)
+    x = tl.fma(az, h, xz)
+    half = reciprocal(1.0 + tl.exp2(tl.fma(az * (-2 * LOG2E), h, xz * (-2 * LOG2E))))
+    near, small = series(x), x * x < 0.0625
+    z = tl.where(small, near, 2.0 * half - 1.0)
+    cell = tl.fma(f, tl.where(small, c - near, (c + 1.0) - 2.0 * half), z)
     o = gate(tl.fma(po, cell, tl.fma(ao, h, xo)))
     squashed = squash(cell)
     return f, z, o, cell, squashed, o * squashed
