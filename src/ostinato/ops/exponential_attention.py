@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ostinato.errors import ConfigurationError, DtypeError
-from ostinato.ops.checks import accumulation_dtype, check_finite, check_sequence, check_shape, own_precision
+from ostinato.ops.checks import check_finite, check_sequence, check_shape, in_accumulation_dtype
 from ostinato.ops.chunk_states import chunk_states
 from ostinato.ops.chunks import check_chunk_size, chunk_decay, chunk_length, cut, join, scaled
 from ostinato.ops.linear_attention import check_matrix_arguments, linear_attention_step
@@ -67,18 +67,30 @@ def exponential_attention_step(
     return _normalized(numerator, denominator, maximum, eps), ExponentialState(memory, normalizer, maximum)
 
 
+def _initial(queries: Tensor, values: Tensor) -> ExponentialState:
+    """Zeros, the maximum too."""
+    batch, _, heads, key_dim = queries.shape
+    return ExponentialState(
+        queries.new_zeros(batch, heads, key_dim, values.shape[-1]),
+        queries.new_zeros(batch, heads, key_dim),
+        queries.new_zeros(batch, heads),
+    )
+
+
 @_engine.route("reference")
+@in_accumulation_dtype
 def _reference(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     log_input: Tensor,
     log_forget: Tensor,
-    state: ExponentialState,
+    state: ExponentialState | None,
     reset: Tensor | None,
     chunk_size: int,
     eps: float,
 ) -> tuple[Tensor, ExponentialState]:
+    state = _initial(queries, values) if state is None else state
     outputs = []
     for t in range(queries.shape[1]):
         if reset is not None:
@@ -96,17 +108,19 @@ def _one_step(queries: Tensor, *_: object) -> str | None:
 
 
 @_engine.route("parallel", priority=10, declines=_one_step)
+@in_accumulation_dtype
 def _parallel(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     log_input: Tensor,
     log_forget: Tensor,
-    state: ExponentialState,
+    state: ExponentialState | None,
     reset: Tensor | None,
     chunk_size: int,
     eps: float,
 ) -> tuple[Tensor, ExponentialState]:
+    state = _initial(queries, values) if state is None else state
     added, least = log_forget, log_input
     if reset is not None:
         # A map that forgets where it starts from: m -> max(−∞ + m, max(f + 0, i)).
@@ -175,7 +189,8 @@ def exponential_attention(
     if state is not None:
         if not (isinstance(state, tuple) and len(state) == 3):
             raise DtypeError(f"state must be an ExponentialState, got {type(state).__name__}")
-        memory = state[0]
+        state = ExponentialState(*state)
+        memory = state.memory
     check_matrix_arguments(queries, keys, values, None, memory, reset)
     batch, time, heads, key_dim = queries.shape
     for name, gate in (("log_input", log_input), ("log_forget", log_forget)):
@@ -191,16 +206,5 @@ def exponential_attention(
         check_finite(queries=queries, keys=keys, values=values, log_input=log_input, log_forget=log_forget)
         if state is not None:
             check_finite(memory=state[0], normalizer=state[1], maximum=state[2])
-    dtype = accumulation_dtype(queries.dtype)
-    q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
-    if state is None:
-        initial = ExponentialState(
-            q.new_zeros(batch, heads, key_dim, v.shape[-1]),
-            q.new_zeros(batch, heads, key_dim),
-            q.new_zeros(batch, heads),
-        )
-    else:
-        initial = ExponentialState(*(part.to(dtype) for part in state))
-    with own_precision(q):
-        outputs, last = _engine(q, k, v, log_input.to(dtype), log_forget.to(dtype), initial, reset, chunk_size, eps)
+    outputs, last = _engine(queries, keys, values, log_input, log_forget, state, reset, chunk_size, eps)
     return outputs.to(queries.dtype), last

@@ -26,6 +26,8 @@ def device() -> torch.device:
 
 if _INSTALLED and INTERPRETED:
     # Triton 3.6's interpreter takes int() of arrays of one element, which NumPy 2.4 refuses: bounds of loops.
+    import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
     _patch_lang_tensor = interpreter._patch_lang_tensor
@@ -35,3 +37,25 @@ if _INSTALLED and INTERPRETED:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = _patched
+
+    # It keeps bfloat16 as integers: it multiplies them as such, and drops digits where the card rounds to even.
+    _convert, _dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def _rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source.scalar, target.scalar) == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(data).view(np.uint32)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+        return _convert(data, source, target, mode)
+
+    def _widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (
+            interpreter.TensorHandle(_convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x
+            for x in (a, b)
+        )
+        return _dot(self, a, b, *rest)
+
+    interpreter._convert_float = _rounded
+    interpreter.InterpreterBuilder.create_dot = _widened

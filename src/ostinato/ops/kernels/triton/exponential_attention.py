@@ -1,0 +1,402 @@
+"""`exponential_attention` in Triton: a scan of the gates, then the memory walked over on chip.
+
+    gates     the running maximum, and from it the weights of every token in its chunk; float64, a few numbers a token
+    outputs   a program per (batch, head, block of value channels) walks over time with its part of the memory in
+              registers: no state is written to memory but the last
+    backward  the states that enter the chunks are computed again and written down, and from the end those by which
+              their gradients rise (`states_kernel`); then a program per chunk has all gradients of it at once; what
+              it finds for the gates is summed over time last
+
+Where (batch, heads) are too few to fill the card, time is cut into segments: what each adds to the memory is computed
+first, then combined, and the walks start from there. All sums have one order: results are the same in every run.
+
+Half precision is multiplied on the tensor cores and summed in float32, float32 multiplied in full. The first
+derivative is exact, through normaliser, maximum and states; a second one is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ostinato.ops.kernels.triton.exponential_attention_launch as launches
+from ostinato.ops.exponential_attention import ExponentialState
+from ostinato.ops.kernels.triton.exponential_attention_backward import (
+    key_gradients_kernel,
+    shares_kernel,
+    value_gradients_kernel,
+)
+from ostinato.ops.kernels.triton.exponential_attention_gates import gate_gradients_kernel
+from ostinato.ops.kernels.triton.exponential_attention_launch import WIDEST
+from ostinato.ops.kernels.triton.exponential_attention_memory import outputs_kernel
+from ostinato.ops.kernels.triton.launch import power_of_two, without_second_derivative
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuses(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> str | None:
+    """Why these kernels cannot serve the call, or None."""
+    for tensor in (queries, keys, values):
+        if tensor.dtype not in _TYPES:
+            return f"the kernels take float32, bfloat16 and float16, got {tensor.dtype}"
+        if tensor.shape[-1] > WIDEST:
+            return f"the kernels take heads of at most {WIDEST} channels, got {tensor.shape[-1]}"
+    return None
+
+
+def declines(queries: Tensor, *_: Any) -> str | None:
+    """Why another route is better, or None."""
+    return "a single step needs no chunks" if queries.shape[1] == 1 else None
+
+
+@torch.library.custom_op("ostinato::exponential_attention", mutates_args=())
+def _forward(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_input: Tensor,
+    log_forget: Tensor,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    maximum: Tensor | None,
+    reset: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = launches.call(queries, values)
+    queries, keys, values = launches.whole(queries), launches.whole(keys), launches.whole(values)
+    gates = launches.gates(call, log_input.contiguous(), log_forget.contiguous(), _flat(maximum), _flat(reset))
+    walk = launches.outputs_walk(call)
+    leaving = (gates.leave, gates.leave, gates.carried, (_flat(memory), _flat(normalizer)))
+    initial = launches.entering(call, walk, keys, values, *leaving, reverse=False)
+    outputs = torch.empty_like(values)
+    inverse, side = torch.empty_like(gates.reach), torch.empty_like(gates.reach)
+    last = inverse.new_empty(call.batch, call.heads, call.keys, call.values)
+    last_sum = inverse.new_empty(call.batch, call.heads, call.keys)
+    of_keys, of_values = (call.length, walk.block_keys), (call.length, walk.block_values)
+    outputs_kernel[(-(-call.values // walk.block_values), call.rows * walk.segments)](
+        launches.sequence(queries, *of_keys),
+        launches.sequence(keys, *of_keys),
+        launches.sequence(values, *of_values),
+        *gates[:-1],
+        *initial,
+        launches.sequence(outputs, *of_values),
+        inverse,
+        side,
+        last,
+        last_sum,
+        call.time,
+        call.heads,
+        call.chunks,
+        walk.segment,
+        walk.segments,
+        eps,
+        HAS_INITIAL=initial[0] is not None,
+        HAS_RESET=reset is not None,
+        EXACT=call.exact,
+        BLOCK_KEYS=walk.block_keys,
+        BLOCK_VALUES=walk.block_values,
+        STAGES=walk.stages,
+        num_warps=walk.warps,
+        **call.dimensions(),
+    )
+    return outputs, last, last_sum, gates.last_maximum, inverse, side
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+@_forward.register_fake
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_input: Tensor,
+    log_forget: Tensor,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    maximum: Tensor | None,
+    reset: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = launches.call(queries, values)
+    states = queries.new_empty(call.batch, call.heads, call.keys, call.values, dtype=torch.float32)
+    inverse = states.new_empty(call.rows, call.chunks * call.length)
+    outputs = values.new_empty(values.shape)
+    return (
+        outputs,
+        states,
+        states.new_empty(states.shape[:3]),
+        states.new_empty(states.shape[:2]),
+        inverse,
+        torch.empty_like(inverse),
+    )
+
+
+@torch.library.custom_op("ostinato::exponential_attention_backward", mutates_args=())
+def _backward(
+    grads: Tensor,
+    grad_memory: Tensor | None,
+    grad_normalizer: Tensor | None,
+    grad_maximum: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_input: Tensor,
+    log_forget: Tensor,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    maximum: Tensor | None,
+    reset: Tensor | None,
+    eps: float,
+    outputs: Tensor,
+    last: Tensor,
+    last_sum: Tensor,
+    inverse: Tensor,
+    side: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = launches.call(queries, values)
+    queries, keys, values, grads = map(launches.whole, (queries, keys, values, grads))
+    log_input, log_forget, reset = log_input.contiguous(), log_forget.contiguous(), _flat(reset)
+    memory, normalizer, maximum = _flat(memory), _flat(normalizer), _flat(maximum)
+    gates = launches.gates(call, log_input, log_forget, maximum, reset)
+    tokens = call.chunks * call.length
+    delta, read, read_sum, by_maximum = inverse.new_empty(4, call.rows, tokens)
+    all_values = (call.length, launches.block(call.values, WIDEST))
+    shares_kernel[(call.rows, call.chunks)](
+        launches.sequence(outputs, *all_values),
+        launches.sequence(grads, *all_values),
+        inverse,
+        side,
+        gates.enter,
+        delta,
+        read,
+        read_sum,
+        by_maximum,
+        call.heads,
+        tokens,
+        eps,
+        BLOCK_VALUES=all_values[1],
+        LENGTH=call.length,
+    )
+
+    by_last = None
+    later: tuple[Tensor | None, Tensor | None] = (None, None)
+    if grad_memory is not None or grad_normalizer is not None or grad_maximum is not None:
+        grad_memory = torch.zeros_like(last) if grad_memory is None else grad_memory.contiguous()
+        grad_normalizer = torch.zeros_like(last_sum) if grad_normalizer is None else grad_normalizer.contiguous()
+        # The last state is in units of exp(m).
+        by_last = -(last * grad_memory).sum((-1, -2)) - (last_sum * grad_normalizer).sum(-1)
+        by_last = by_last if grad_maximum is None else by_last + grad_maximum
+        later = (grad_memory, grad_normalizer)
+    leaving = (gates.leave, gates.leave, gates.carried)
+    states, sums, *_ = launches.chunk_states(call, keys, values, *leaving, (memory, normalizer), reverse=False)
+    rising, rising_sums, grad_initial, grad_initial_sum = launches.chunk_states(
+        call, queries, grads, read, read_sum, gates.carried, later, reverse=True
+    )
+    walk = launches.key_gradients_walk(call)
+    of_keys, of_state = (call.length, walk.block_keys), (walk.block_keys, walk.block_values)
+    grad_queries, grad_keys, grad_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
+    inner = inverse.new_empty(5, call.rows, tokens)
+    through = torch.empty_like(gates.carried)
+    key_gradients_kernel[(call.chunks, call.rows)](
+        launches.sequence(queries, *of_keys),
+        launches.sequence(keys, *of_keys),
+        launches.sequence(values, *all_values),
+        launches.sequence(grads, *all_values),
+        gates.decayed,
+        gates.reach,
+        gates.source,
+        gates.leave,
+        gates.carried,
+        gates.first_token,
+        inverse,
+        delta,
+        read,
+        read_sum,
+        launches.described(states, *of_state),
+        sums,
+        launches.described(rising, *of_state),
+        rising_sums,
+        launches.sequence(grad_queries, *of_keys),
+        launches.sequence(grad_keys, *of_keys),
+        inner,
+        through,
+        call.heads,
+        call.chunks,
+        call.rows,
+        HAS_RESET=reset is not None,
+        EXACT=call.exact,
+        BLOCK_KEYS=walk.block_keys,
+        BLOCK_VALUES=walk.block_values,
+        STAGES=walk.stages,
+        num_warps=walk.warps,
+        **call.dimensions(),
+    )
+    walk = launches.value_gradients_walk(call)
+    of_keys, of_values = (call.length, walk.block_keys), (call.length, walk.block_values)
+    value_gradients_kernel[(call.chunks, call.rows, -(-call.values // walk.block_values))](
+        launches.sequence(queries, *of_keys),
+        launches.sequence(keys, *of_keys),
+        launches.sequence(grads, *of_values),
+        gates.decayed,
+        gates.reach,
+        gates.source,
+        gates.leave,
+        gates.first_token,
+        inverse,
+        launches.described(rising, walk.block_keys, walk.block_values),
+        launches.sequence(grad_values, *of_values),
+        call.heads,
+        call.chunks,
+        HAS_RESET=reset is not None,
+        EXACT=call.exact,
+        BLOCK_KEYS=walk.block_keys,
+        BLOCK_VALUES=walk.block_values,
+        STAGES=walk.stages,
+        num_warps=walk.warps,
+        **call.dimensions(),
+    )
+
+    grad_input, grad_forget = torch.empty_like(log_input), torch.empty_like(log_forget)
+    grad_first = inverse.new_empty(call.batch, call.heads)
+    gate_gradients_kernel[(call.rows,)](
+        log_input,
+        log_forget,
+        reset,
+        maximum,
+        gates.maximum,
+        through,
+        inner,
+        by_maximum,
+        by_last,
+        grad_input,
+        grad_forget,
+        grad_first,
+        call.time,
+        call.heads,
+        call.chunks,
+        call.rows,
+        HAS_RESET=reset is not None,
+        HAS_INITIAL=maximum is not None,
+        HAS_LAST=by_last is not None,
+        LENGTH=call.length,
+        CHUNKS=min(16, power_of_two(call.chunks)),
+    )
+    if memory is not None and normalizer is not None:
+        # The initial state is in units of exp of the initial maximum.
+        grad_first += (memory * grad_initial).sum((-1, -2)) + (normalizer * grad_initial_sum).sum(-1)
+    return grad_queries, grad_keys, grad_values, grad_input, grad_forget, grad_initial, grad_initial_sum, grad_first
+
+
+@_backward.register_fake
+def _(
+    grads: Tensor,
+    grad_memory: Tensor | None,
+    grad_normalizer: Tensor | None,
+    grad_maximum: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_input: Tensor,
+    log_forget: Tensor,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    maximum: Tensor | None,
+    reset: Tensor | None,
+    eps: float,
+    outputs: Tensor,
+    last: Tensor,
+    last_sum: Tensor,
+    inverse: Tensor,
+    side: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = (queries, keys, values, log_input, log_forget, last, last_sum)
+    first = last.new_empty(last.shape[:2])
+    return (*(tensor.new_empty(tensor.shape) for tensor in like), first)  # type: ignore[return-value]
+
+
+without_second_derivative(_backward)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps = inputs
+    outputs, last, last_sum, _, inverse, side = output
+    ctx.save_for_backward(*tensors, outputs, last, last_sum, inverse, side)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any,
+    grads: Tensor | None,
+    grad_memory: Tensor | None,
+    grad_normalizer: Tensor | None,
+    grad_maximum: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor | None, ...]:
+    *inputs, outputs, last, last_sum, inverse, side = ctx.saved_tensors
+    if grads is None:
+        grads = torch.zeros_like(outputs)
+    found = _backward(
+        grads,
+        grad_memory,
+        grad_normalizer,
+        grad_maximum,
+        *inputs,
+        ctx.eps,
+        outputs,
+        last,
+        last_sum,
+        inverse,
+        side,
+    )
+    initial = (None, None, None) if inputs[5] is None else found[5:]
+    return *found[:5], *initial, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _padded(tensor: Tensor | None, *channels: int) -> Tensor | None:
+    """The last axes, made as large as `channels` with zeros."""
+    if tensor is None:
+        return None
+    lacking = [size - have for size, have in zip(channels, tensor.shape[-len(channels) :], strict=True)]
+    return F.pad(tensor, [side for size in reversed(lacking) for side in (0, size)]) if any(lacking) else tensor
+
+
+def run(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_input: Tensor,
+    log_forget: Tensor,
+    state: ExponentialState | None,
+    reset: Tensor | None,
+    chunk_size: int,
+    eps: float,
+) -> tuple[Tensor, ExponentialState]:
+    """The route: see `ostinato.ops.exponential_attention`. The chunk size is the kernels' own."""
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), values.dtype)
+    key_dim, value_dim = queries.shape[-1], values.shape[-1]
+    # The hardware loads rows of multiples of 16 bytes.
+    unit = 16 // dtype.itemsize
+    k, v = -(-key_dim // unit) * unit, -(-value_dim // unit) * unit
+    memory, normalizer, maximum = (None, None, None) if state is None else (part.float() for part in state)
+    outputs, memory, normalizer, maximum, *_ = _forward(
+        _padded(queries.to(dtype), k),
+        _padded(keys.to(dtype), k),
+        _padded(values.to(dtype), v),
+        log_input,
+        log_forget,
+        _padded(memory, k, v),
+        _padded(normalizer, k),
+        maximum,
+        reset,
+        eps,
+    )
+    last = ExponentialState(memory[..., :key_dim, :value_dim], normalizer[..., :key_dim], maximum)
+    return outputs[..., :value_dim].to(queries.dtype), last

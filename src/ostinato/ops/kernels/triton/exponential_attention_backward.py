@@ -1,0 +1,212 @@
+"""The gradients of `exponential_attention`'s memory in Triton: all gradients of a chunk at once.
+
+With D = max(|den|, exp(−m)) + ε, r = 1/D, g the gradient of h and δ_t = (h_t · g_t) side_t (the normaliser's share:
+side is the sign of den where |den| is the greater, else 0), the gradients of num and den are r g and −r δ. Over a
+chunk, with W the weights of its tokens, C and n the entering state, Ċ and ṅ the gradient of the leaving one (both
+computed before, by `states_kernel` forward and in reverse):
+
+    S = q kᵀ,   P = r W ⊙ S,   dS = r W ⊙ (g vᵀ − δ)
+    dv = Pᵀ g + leave (k Ċ)
+    dk = dSᵀ q + leave (v Ċᵀ + ṅ)
+    dq = dS k + enter r (g Cᵀ − δ n)
+    Ċ ← carried Ċ + qᵀ (enter r g),   ṅ ← carried ṅ − Σ enter r δ q
+
+The gradient of log W_ts is M = S ⊙ dS.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ostinato.ops.kernels.triton.exponential_attention_gates import SIZES
+from ostinato.ops.kernels.triton.exponential_attention_memory import (
+    chunk_weights,
+    load_tile,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def shares_kernel(
+    outputs,
+    grads,
+    inverse,
+    side,
+    enter,
+    delta,
+    read,
+    read_sum,
+    by_maximum,
+    heads,
+    length,
+    eps,
+    BLOCK_VALUES: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """δ, what a token reads of the entering state (enter r; for the normaliser −enter r δ), and the gradient of m.
+
+    h depends on m only through ε: −(h · g) ε r.
+    """
+    row = tl.program_id(0)
+    batch = row // heads
+    head = row % heads
+    token = tl.program_id(1) * LENGTH
+    at = row.to(tl.int64) * length + token + tl.arange(0, LENGTH)
+    h = load_tile(outputs, batch, head, token, 0, LENGTH, BLOCK_VALUES)
+    g = load_tile(grads, batch, head, token, 0, LENGTH, BLOCK_VALUES)
+    along = tl.sum(h.to(tl.float32) * g.to(tl.float32), axis=1)
+    factor = tl.load(inverse + at)
+    share = along * tl.load(side + at)
+    seen = tl.load(enter + at) * factor
+    tl.store(delta + at, share)
+    tl.store(read + at, seen)
+    tl.store(read_sum + at, -seen * share)
+    tl.store(by_maximum + at, -along * eps * factor)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def key_gradients_kernel(
+    queries,
+    keys,
+    values,
+    grads,
+    decayed,
+    reach,
+    source,
+    leave,
+    carried,
+    first_token,
+    inverse,
+    delta,
+    read,
+    read_sum,
+    states,
+    sums,
+    rising,
+    rising_sums,
+    grad_queries,
+    grad_keys,
+    inner,
+    through,
+    heads,
+    chunks,
+    rows,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dq and dk of one chunk, a block of key channels after the other, and what `gate_gradients_kernel` needs of it."""
+    chunk = tl.program_id(0)
+    row = tl.program_id(1)
+    batch = row // heads
+    head = row % heads
+    token = chunk * LENGTH
+    place = tl.arange(0, LENGTH)
+    begin = row.to(tl.int64) * chunks * LENGTH + token
+    at = begin + place
+    plane = rows.to(tl.int64) * chunks * LENGTH
+    sums += (row.to(tl.int64) * chunks + chunk) * KEYS
+    rising_sums += (row.to(tl.int64) * chunks + chunk) * KEYS
+    g = load_tile(grads, batch, head, token, 0, LENGTH, BLOCK_VALUES)
+    v = load_tile(values, batch, head, token, 0, LENGTH, BLOCK_VALUES)
+    weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
+    weights *= tl.load(inverse + at)[:, None]
+    by_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION) - tl.load(delta + at)[:, None]
+    rounded = (by_scores * weights).to(WIDE)
+    kept = tl.load(leave + at)
+    seen = tl.load(read + at)
+    seen_sum = tl.load(read_sum + at)
+    scores = tl.zeros([LENGTH, LENGTH], tl.float32)
+    into = tl.zeros([LENGTH], tl.float32)
+    out = tl.zeros([LENGTH], tl.float32)
+    over = 0.0
+    for key in tl.range(0, KEYS, BLOCK_KEYS, num_stages=STAGES):
+        channel = key + tl.arange(0, BLOCK_KEYS)
+        q = load_tile(queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
+        k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
+        c = load_tile(states, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
+        r = load_tile(rising, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
+        n = tl.load(sums + channel, mask=channel < KEYS, other=0.0)
+        rn = tl.load(rising_sums + channel, mask=channel < KEYS, other=0.0)
+        over += tl.sum(c.to(tl.float32) * r.to(tl.float32)) + tl.sum(n * rn)
+        scores = tl.dot(q, tl.trans(k), acc=scores, input_precision=PRECISION)
+
+        by_queries = tl.dot(g.to(WIDE), tl.trans(c), input_precision=PRECISION) * seen[:, None]
+        by_queries += seen_sum[:, None] * n[None, :]
+        into += tl.sum(q.to(tl.float32) * by_queries, axis=1)
+        by_queries = tl.dot(rounded, k.to(WIDE), acc=by_queries, input_precision=PRECISION)
+        store_tile(grad_queries, by_queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
+
+        by_keys = (tl.dot(v.to(WIDE), tl.trans(r), input_precision=PRECISION) + rn[None, :]) * kept[:, None]
+        out += tl.sum(k.to(tl.float32) * by_keys, axis=1)
+        by_keys = tl.dot(tl.trans(rounded), q.to(WIDE), acc=by_keys, input_precision=PRECISION)
+        store_tile(grad_keys, by_keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
+
+    pairs = scores * rounded.to(tl.float32)
+    strict = tl.where(place[:, None] > place[None, :], pairs, 0.0)
+    tl.store(inner + at, tl.sum(strict, axis=1))
+    tl.store(inner + plane + at, into)
+    tl.store(inner + 2 * plane + at, out)
+    tl.store(inner + 3 * plane + at, tl.sum(strict, axis=0))
+    tl.store(inner + 4 * plane + at, tl.sum(tl.where(place[:, None] == place[None, :], pairs, 0.0), axis=1))
+    tl.store(through + row * chunks + chunk, over * tl.load(carried + row * chunks + chunk))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def value_gradients_kernel(
+    queries,
+    keys,
+    grads,
+    decayed,
+    reach,
+    source,
+    leave,
+    first_token,
+    inverse,
+    rising,
+    grad_values,
+    heads,
+    chunks,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dv of one chunk and a block of value channels."""
+    chunk = tl.program_id(0)
+    row = tl.program_id(1)
+    value = tl.program_id(2) * BLOCK_VALUES
+    batch = row // heads
+    head = row % heads
+    token = chunk * LENGTH
+    begin = row.to(tl.int64) * chunks * LENGTH + token
+    at = begin + tl.arange(0, LENGTH)
+    scores = tl.zeros([LENGTH, LENGTH], tl.float32)
+    by_values = tl.zeros([LENGTH, BLOCK_VALUES], tl.float32)
+    for key in tl.range(0, KEYS, BLOCK_KEYS, num_stages=STAGES):
+        q = load_tile(queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
+        k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
+        r = load_tile(rising, row, chunk, key, value, BLOCK_KEYS, BLOCK_VALUES)
+        scores = tl.dot(q, tl.trans(k), acc=scores, input_precision=PRECISION)
+        by_values = tl.dot(k.to(WIDE), r, acc=by_values, input_precision=PRECISION)
+    g = load_tile(grads, batch, head, token, value, LENGTH, BLOCK_VALUES)
+    weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
+    weights *= tl.load(inverse + at)[:, None]
+    by_values *= tl.load(leave + at)[:, None]
+    rounded = tl.trans((scores * weights).to(WIDE))
+    by_values = tl.dot(rounded, g.to(WIDE), acc=by_values, input_precision=PRECISION)
+    store_tile(grad_values, by_values, batch, head, token, value, LENGTH, BLOCK_VALUES)

@@ -1,0 +1,286 @@
+"""How the kernels of `exponential_attention` are launched: sizes of blocks, segments of time, scratch memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ostinato.ops.kernels.triton.exponential_attention_gates import gates_kernel
+from ostinato.ops.kernels.triton.exponential_attention_memory import combine_kernel, states_kernel
+from ostinato.ops.kernels.triton.launch import card, dot_precision, power_of_two
+
+WIDEST = 256
+"""Channels of a head that the kernels take."""
+
+
+class Walk(NamedTuple):
+    """How a walk over time is launched."""
+
+    block_keys: int
+    block_values: int
+    warps: int
+    stages: int
+    segment: int
+    """Chunks of a segment."""
+    segments: int
+
+
+class Call(NamedTuple):
+    """The sizes of a call, and what follows from its type."""
+
+    batch: int
+    time: int
+    heads: int
+    keys: int
+    values: int
+    length: int
+    chunks: int
+    exact: bool
+    wide: torch.dtype
+    precision: str
+    processors: int
+
+    @property
+    def rows(self) -> int:
+        """Memories, one of each head of each sequence."""
+        return self.batch * self.heads
+
+    def cut(self, programs: int, wanted: int) -> tuple[int, int]:
+        """Segments so that `programs` each fill the card; none shorter than 8 chunks."""
+        segments = max(1, min(wanted // programs, self.chunks // 8))
+        segment = -(-self.chunks // segments)
+        return segment, -(-self.chunks // segment)
+
+    def dimensions(self) -> dict[str, Any]:
+        """What all kernels of the memory are specialised by."""
+        return {
+            "KEYS": self.keys,
+            "VALUES": self.values,
+            "WIDE": tl.bfloat16 if self.wide == torch.bfloat16 else tl.float32,
+            "PRECISION": self.precision,
+            "LENGTH": self.length,
+        }
+
+
+def call(queries: Tensor, values: Tensor) -> Call:
+    batch, time, heads, keys = queries.shape
+    exact = queries.dtype == torch.float32
+    length = 32 if exact else 64
+    return Call(
+        batch,
+        time,
+        heads,
+        keys,
+        values.shape[-1],
+        length,
+        -(-time // length),
+        exact,
+        torch.bfloat16 if queries.dtype == torch.bfloat16 else torch.float32,
+        dot_precision(queries.dtype),
+        card(queries.device).processors,
+    )
+
+
+def block(size: int, most: int) -> int:
+    return min(max(16, power_of_two(size)), most)
+
+
+def outputs_walk(call: Call) -> Walk:
+    keys = block(call.keys, WIDEST)
+    values = block(call.values, 32 if call.exact else 64)
+    warps = 8 if keys * values > 8192 else 4
+    programs = call.rows * -(-call.values // values)
+    return Walk(keys, values, warps, 1 if call.exact else 2, *call.cut(programs, call.processors * (8 // warps)))
+
+
+def states_walk(call: Call) -> Walk:
+    keys = block(call.keys, 64)
+    values = block(call.values, 64 if call.exact else 128)
+    programs = call.rows * -(-call.keys // keys) * -(-call.values // values)
+    return Walk(keys, values, 4, 2, *call.cut(programs, call.processors * 2))
+
+
+def key_gradients_walk(call: Call) -> Walk:
+    """Of `key_gradients_kernel`, whose segments are chunks."""
+    values = block(call.values, WIDEST)
+    keys = block(call.keys, 32 if call.exact else 64)
+    return Walk(keys, values, 4 if values <= 128 else 8, 1, 1, call.chunks)
+
+
+def value_gradients_walk(call: Call) -> Walk:
+    """Of `value_gradients_kernel`, likewise."""
+    values = block(call.values, 32 if call.exact else 128)
+    keys = block(call.keys, 32 if call.exact else 64)
+    return Walk(keys, values, 4, 2, 1, call.chunks)
+
+
+def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Matrices, the last two axes of four, as kernels load them: in blocks of `rows` × `columns`, by the hardware."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
+
+
+def sequence(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """`described` for (batch, time, heads, channels): a matrix is the sequence of one head."""
+    return described(tensor.transpose(1, 2), rows, columns)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy, contiguous and where the hardware can load it: at a multiple of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+class Gates(NamedTuple):
+    """What `gates_kernel` computes."""
+
+    decayed: Tensor
+    reach: Tensor
+    source: Tensor
+    enter: Tensor
+    leave: Tensor
+    carried: Tensor
+    maximum: Tensor
+    first_token: Tensor
+    last_maximum: Tensor
+
+
+def gates(call: Call, log_input: Tensor, log_forget: Tensor, initial: Tensor | None, reset: Tensor | None) -> Gates:
+    tokens = call.chunks * call.length
+    per_token = log_input.new_empty(4 + call.exact, call.rows, tokens, dtype=torch.float32)
+    decayed, reach, source, enter, leave = per_token.unbind(0) if call.exact else (per_token[0], *per_token.unbind(0))
+    gates = Gates(
+        decayed,
+        reach,
+        source,
+        enter,
+        leave,
+        per_token.new_empty(call.rows, call.chunks),
+        per_token.new_empty(call.rows, tokens, dtype=torch.float64),
+        per_token.new_empty(call.rows, 0 if reset is None else tokens, dtype=torch.int32),
+        per_token.new_empty(call.batch, call.heads),
+    )
+    gates_kernel[(call.rows,)](
+        log_input,
+        log_forget,
+        reset,
+        initial,
+        *gates,
+        call.time,
+        call.heads,
+        call.chunks,
+        HAS_RESET=reset is not None,
+        HAS_INITIAL=initial is not None,
+        EXACT=call.exact,
+        LENGTH=call.length,
+        CHUNKS=min(32, power_of_two(call.chunks)),
+    )
+    return gates
+
+
+def states(
+    call: Call,
+    walk: Walk,
+    left: Tensor,
+    right: Tensor,
+    gate: Tensor,
+    sum_gate: Tensor,
+    carried: Tensor,
+    initial: tuple[Tensor | None, Tensor | None],
+    into: tuple[Tensor, Tensor] | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `states_kernel`: the states at the ends of segments and what each segment carries."""
+    segmented = (call.rows, walk.segments)
+    last = carried.new_empty(*segmented, call.keys, call.values)
+    last_sum = carried.new_empty(*segmented, call.keys)
+    last_carried = carried.new_empty(*segmented)
+    grid = (call.rows * walk.segments, -(-call.keys // walk.block_keys), -(-call.values // walk.block_values))
+    states, sums = into or (last, last_sum)
+    states_kernel[grid](
+        sequence(left, call.length, walk.block_keys),
+        sequence(right, call.length, walk.block_values),
+        gate,
+        sum_gate,
+        carried,
+        *initial,
+        described(states, walk.block_keys, walk.block_values),
+        sums,
+        last,
+        last_sum,
+        last_carried,
+        call.heads,
+        call.chunks,
+        walk.segment,
+        walk.segments,
+        REVERSE=reverse,
+        STORE=into is not None,
+        HAS_INITIAL=initial[0] is not None,
+        BLOCK_KEYS=walk.block_keys,
+        BLOCK_VALUES=walk.block_values,
+        num_warps=walk.warps,
+        num_stages=walk.stages,
+        **call.dimensions(),
+    )
+    return last, last_sum, last_carried
+
+
+def entering(
+    call: Call,
+    walk: Walk,
+    left: Tensor,
+    right: Tensor,
+    gate: Tensor,
+    sum_gate: Tensor,
+    carried: Tensor,
+    initial: tuple[Tensor | None, Tensor | None],
+    *,
+    reverse: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The states that enter the segments of `walk`; None is zeros."""
+    if walk.segments == 1:
+        return initial
+    plain = states_walk(call)._replace(segment=walk.segment, segments=walk.segments)
+    added = states(call, plain, left, right, gate, sum_gate, carried, (None, None), None, reverse=reverse)
+    entering, entering_sum = torch.empty_like(added[0]), torch.empty_like(added[1])
+    block = 1024
+    combine_kernel[(call.rows, -(-call.keys * call.values // block))](
+        *initial,
+        *added,
+        entering,
+        entering_sum,
+        walk.segments,
+        KEYS=call.keys,
+        VALUES=call.values,
+        REVERSE=reverse,
+        HAS_INITIAL=initial[0] is not None,
+        BLOCK=block,
+    )
+    return entering, entering_sum
+
+
+def chunk_states(
+    call: Call,
+    left: Tensor,
+    right: Tensor,
+    gate: Tensor,
+    sum_gate: Tensor,
+    carried: Tensor,
+    initial: tuple[Tensor | None, Tensor | None],
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The states that enter the chunks, in the type that products take them in, and the last state."""
+    walk = states_walk(call)
+    weights = (gate, sum_gate, carried)
+    start = entering(call, walk, left, right, *weights, initial, reverse=reverse)
+    each = left.new_empty(call.rows, call.chunks, call.keys, call.values, dtype=call.wide)
+    sums = carried.new_empty(call.rows, call.chunks, call.keys)
+    last, last_sum, _ = states(call, walk, left, right, *weights, start, (each, sums), reverse=reverse)
+    end = 0 if reverse else -1
+    shape = (call.batch, call.heads, call.keys)
+    return each, sums, last[:, end].reshape(*shape, call.values), last_sum[:, end].reshape(shape)
