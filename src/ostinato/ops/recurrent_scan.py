@@ -15,7 +15,7 @@ from torch import Tensor
 import ostinato.state
 from ostinato.errors import ShapeError
 from ostinato.ops.cells import Cell, Inputs, State, Weights
-from ostinato.ops.checks import accumulation_dtype, check_finite, check_reset, check_sequence
+from ostinato.ops.checks import accumulation_dtype, check_finite, check_reset, check_sequence, own_precision
 from ostinato.ops.routes import Engine
 
 _engine = Engine("recurrent_scan")
@@ -27,7 +27,6 @@ def recurrent_scan_step(cell: Cell, weights: Weights, inputs: Inputs, state: Sta
     return cell.output(state), state
 
 
-@_engine.route("reference")
 def loop(
     cell: Cell, weights: Weights, inputs: Inputs, state: State, reset: Tensor | None = None
 ) -> tuple[Tensor, State]:
@@ -43,18 +42,25 @@ def loop(
     return torch.stack(outputs, dim=1), state
 
 
+@_engine.route("reference")
+def _reference(
+    cell: Cell, weights: Weights, inputs: Inputs, state: State, reset: Tensor | None = None
+) -> tuple[Tensor, State]:
+    """The loop, in the type that states are kept in."""
+    weights, inputs, state = widen(cell, weights, inputs, state)
+    with own_precision(weights[0]):
+        return loop(cell, weights, inputs, state, reset)
+
+
 def restart(state: State, fresh: Bool[Tensor, " batch"]) -> State:
     """The state with the marked rows set to zero."""
     return ostinato.state.map(lambda leaf: leaf.masked_fill(fresh.view(-1, *[1] * (leaf.ndim - 1)), 0), state)
 
 
-def prepare(
+def check(
     cell: Cell, weights: Weights, inputs: Inputs, state: State, reset: Tensor | None, validate: bool
-) -> tuple[Weights, Inputs, State, torch.dtype]:
-    """Check the arguments of an engine that runs cells, and bring them to the type to compute in.
-
-    Returns weights, inputs and a state that is never None, and the type of the outputs.
-    """
+) -> torch.dtype:
+    """Check the arguments of an engine that runs cells; the type of its outputs."""
     parts = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     names = ["inputs"] if isinstance(inputs, Tensor) else [f"inputs[{i}]" for i in range(len(parts))]
     for name, part in zip(names, parts, strict=True):
@@ -64,33 +70,51 @@ def prepare(
                 f"{name} has batch and time {tuple(part.shape[:2])} where {names[0]} has {tuple(parts[0].shape[:2])}"
             )
     check_reset(reset, parts[0].shape[0], parts[0].shape[1])
-    weights = tuple(weights)
-    first: Inputs = parts[0][:, 0] if isinstance(inputs, Tensor) else tuple(part[:, 0] for part in parts)
-    cell.check(weights, first)
+    cell.check(weights, _at_first_step(inputs))
     if validate:
         check_finite(**dict(zip(names, parts, strict=True)))
         check_finite(**{f"weights[{i}]": weight for i, weight in enumerate(weights)})
         if state is not None:
             check_finite(**{f"state.{path}": leaf for path, leaf in ostinato.state.leaves(state)})
-
-    dtype = accumulation_dtype(parts[0].dtype)
-    for tensor in (*parts, *weights):
-        dtype = torch.promote_types(dtype, accumulation_dtype(tensor.dtype))
-    start = cell.initial_state(first)
-    if state is None:
-        state = start
-    else:
+    if state is not None:
         found = [tuple(leaf.shape) for _, leaf in ostinato.state.leaves(state)]
+        start = cell.initial_state(_at_first_step(inputs))
         wanted = [tuple(leaf.shape) for _, leaf in ostinato.state.leaves(start)]
         if found != wanted:
             raise ShapeError(f"the state of {type(cell).__name__} must hold shapes {wanted} here, got {found}")
+    return parts[0].dtype
+
+
+def _at_first_step(inputs: Inputs) -> Inputs:
+    return inputs[:, 0] if isinstance(inputs, Tensor) else tuple(part[:, 0] for part in inputs)
+
+
+def widen(cell: Cell, weights: Weights, inputs: Inputs, state: State) -> tuple[Weights, Inputs, State]:
+    """Weights, inputs and state in the type to compute in, the widest of inputs and weights; zeros for no state."""
+    parts = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    dtype = accumulation_dtype(parts[0].dtype)
+    for tensor in (*parts, *weights):
+        dtype = torch.promote_types(dtype, accumulation_dtype(tensor.dtype))
+    if state is None:
+        state = cell.initial_state(_at_first_step(inputs))
     cast = tuple(part.to(dtype) for part in parts)
     return (
         tuple(weight.to(dtype) for weight in weights),
         cast[0] if isinstance(inputs, Tensor) else cast,
         ostinato.state.to(state, dtype),
-        parts[0].dtype,
     )
+
+
+def prepare(
+    cell: Cell, weights: Weights, inputs: Inputs, state: State, reset: Tensor | None, validate: bool
+) -> tuple[Weights, Inputs, State, torch.dtype]:
+    """Check the arguments of an engine that runs cells, and bring them to the type to compute in.
+
+    Returns weights, inputs and a state that is never None, and the type of the outputs.
+    """
+    weights = tuple(weights)
+    dtype = check(cell, weights, inputs, state, reset, validate)
+    return (*widen(cell, weights, inputs, state), dtype)
 
 
 def recurrent_scan(
@@ -122,6 +146,8 @@ def recurrent_scan(
 
     Source: FlashRNN (arXiv 2412.07752), section 2, for the cells that it serves.
     """
-    weights, inputs, state, dtype = prepare(cell, weights, inputs, state, reset, validate)
+    weights = tuple(weights)
+    inputs = inputs if isinstance(inputs, Tensor) else tuple(inputs)
+    dtype = check(cell, weights, inputs, state, reset, validate)
     outputs, last = _engine(cell, weights, inputs, state, reset)
     return outputs.to(dtype), last

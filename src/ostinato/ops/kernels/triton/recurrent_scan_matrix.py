@@ -1,0 +1,380 @@
+"""M²RNN in Triton: a program walks through all of time with the matrix of one head, and its weights, on chip.
+
+The rows of the matrix are the rows of the tensor-core product H W, so a single sequence fills it. The forward
+kernel writes the outputs and nothing else; the backward kernel recomputes the candidates from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ostinato.ops.cells import M2RNN, Inputs, Memory, Weights
+from ostinato.ops.kernels.triton.launch import power_of_two, without_second_derivative
+from ostinato.ops.kernels.triton.recurrent_scan_cells import tanh
+
+# Numbers in the matrix of a head, of which several copies stay in the registers of its program.
+_LARGEST = 8192
+
+
+@triton.jit
+def _row(pointer, size, COUNT: tl.constexpr, ALL: tl.constexpr):
+    """The first `size` of COUNT neighbours, in float32."""
+    place = tl.arange(0, COUNT)
+    if ALL:
+        return tl.load(pointer + place).to(tl.float32)
+    else:
+        return tl.load(pointer + place, mask=place < size, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["time", "heads"])
+def forward_kernel(
+    keys,  # (batch, time, heads, KEY)
+    values,  # (batch, time, heads, VALUE)
+    forget,  # (batch, time, heads)
+    weight,  # (heads, VALUE, VALUE)
+    start,  # (batch, heads, KEY, VALUE) float32
+    reset,  # (batch, time) bool
+    outputs,  # (batch, time, heads, KEY, VALUE)
+    last,  # as start
+    time,
+    heads,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    RESET: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """All steps of one head of one row of the batch."""
+    kind = keys.dtype.element_ty
+    head = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, K)[:, None]
+    j = tl.arange(0, V)[None, :]
+    mask = (i < KEY) & (j < VALUE)
+    here = i * VALUE + j
+
+    # A selection between load and product, and a product before the loop: see recurrent_scan_headwise.py.
+    u = tl.arange(0, V)[:, None]
+    square = (u < VALUE) & (j < VALUE)
+    mixing = tl.load(weight + head * VALUE * VALUE + u * VALUE + j, mask=square, other=0.0)
+    mixing = tl.where(square, mixing, 0.0).to(kind)
+
+    at = (b * heads + head) * KEY * VALUE + here
+    memory = tl.load(start + at, mask=mask, other=0.0)
+    first = b * time * heads + head
+    k_at, v_at, f_at = keys + first * KEY, values + first * VALUE, forget + first
+    y_at = outputs + first * KEY * VALUE + here
+    k = _row(k_at, KEY, K, KEY == K)
+    v = _row(v_at, VALUE, V, VALUE == V)
+    f = tl.load(f_at).to(tl.float32)
+    if RESET:
+        memory = tl.where(tl.load(reset + b * time) != 0, 0.0, memory)
+    product = tl.dot(memory.to(kind), mixing, input_precision="ieee")
+    for t in range(time):
+        go = tl.where(t + 1 < time, heads, 0)
+        k_at += go * KEY
+        v_at += go * VALUE
+        f_at += go
+        next_k = _row(k_at, KEY, K, KEY == K)
+        next_v = _row(v_at, VALUE, V, VALUE == V)
+        next_f = tl.load(f_at).to(tl.float32)
+        candidate = tanh(product + k[:, None] * v[None, :], PRECISE)
+        memory = candidate + f * (memory - candidate)
+        entering = memory.to(kind)
+        tl.store(y_at, entering, mask=mask)
+        y_at += heads * KEY * VALUE
+        if RESET:
+            fresh = tl.load(reset + b * time + t + 1, mask=t + 1 < time, other=0) != 0
+            memory = tl.where(fresh, 0.0, memory)
+            entering = memory.to(kind)
+        product = tl.dot(entering, mixing, input_precision="ieee")
+        k, v, f = next_k, next_v, next_f
+    tl.store(last + at, memory, mask=mask)
+
+
+@triton.jit
+def _before(outputs, start, t, mask, kind: tl.constexpr):
+    """What enters step t, as the product took it: the output of the step before, or the state before all."""
+    if t > 0:
+        entering = tl.load(outputs, mask=mask, other=0.0)
+    else:
+        entering = tl.load(start, mask=mask, other=0.0).to(kind)
+    return entering
+
+
+@triton.jit(do_not_specialize=["time", "heads"])
+def backward_kernel(
+    keys,  # as in forward_kernel
+    values,
+    forget,
+    weight,
+    start,
+    reset,
+    outputs,
+    d_outputs,  # as outputs
+    d_last,  # as start
+    d_keys,
+    d_values,
+    d_forget,
+    d_weight,  # (batch, heads, VALUE, VALUE) float32, to be summed over the batch
+    d_start,  # as start
+    time,
+    heads,
+    bound,  # of the gradient that reaches a state from the next step, where CLIP
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    RESET: tl.constexpr,
+    CLIP: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """The walk back for one head of one row of the batch."""
+    kind = keys.dtype.element_ty
+    head = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, K)[:, None]
+    j = tl.arange(0, V)[None, :]
+    mask = (i < KEY) & (j < VALUE)
+    here = i * VALUE + j
+
+    u = tl.arange(0, V)[:, None]
+    square = (u < VALUE) & (j < VALUE)
+    place = head * VALUE * VALUE
+    mixing = tl.load(weight + place + u * VALUE + j, mask=square, other=0.0)
+    mixing = tl.where(square, mixing, 0.0).to(kind)
+    turned = tl.load(weight + place + j * VALUE + u, mask=square, other=0.0)
+    turned = tl.where(square, turned, 0.0).to(kind)
+
+    at = (b * heads + head) * KEY * VALUE + here
+    final = (b * time + time - 1) * heads + head
+    k_at, v_at, f_at = keys + final * KEY, values + final * VALUE, forget + final
+    dk_at, dv_at, df_at = d_keys + final * KEY, d_values + final * VALUE, d_forget + final
+    dy_at = d_outputs + final * KEY * VALUE + here
+    y_at = outputs + (final - heads) * KEY * VALUE + here
+
+    carried = tl.load(d_last + at, mask=mask, other=0.0)
+    k = _row(k_at, KEY, K, KEY == K)
+    v = _row(v_at, VALUE, V, VALUE == V)
+    f = tl.load(f_at).to(tl.float32)
+    dy = tl.load(dy_at, mask=mask, other=0.0)
+    entering = _before(y_at, start + at, time - 1, mask, kind)
+    d_mixing = tl.zeros((V, V), tl.float32)
+    for back in range(time):
+        t = time - 1 - back
+        go = tl.where(t > 0, heads, 0)
+        k_at -= go * KEY
+        v_at -= go * VALUE
+        f_at -= go
+        dy_at -= go * KEY * VALUE
+        y_at -= go * KEY * VALUE
+        next_k = _row(k_at, KEY, K, KEY == K)
+        next_v = _row(v_at, VALUE, V, VALUE == V)
+        next_f = tl.load(f_at).to(tl.float32)
+        next_dy = tl.load(dy_at, mask=mask, other=0.0)
+        next_entering = _before(y_at, start + at, t - 1, mask, kind)
+        if RESET:
+            fresh = tl.load(reset + b * time + t) != 0
+            entering = tl.where(fresh, 0.0, entering.to(tl.float32)).to(kind)
+
+        product = tl.dot(entering, mixing, input_precision="ieee")
+        candidate = tanh(product + k[:, None] * v[None, :], PRECISE)
+        delta = carried + dy.to(tl.float32)
+        by_candidate = (1 - f) * delta * (1 - candidate * candidate)
+        df = tl.sum(delta * (entering.to(tl.float32) - candidate))
+        dk = tl.sum(by_candidate * v[None, :], axis=1)
+        dv = tl.sum(by_candidate * k[:, None], axis=0)
+        change = by_candidate.to(kind)
+        d_mixing = tl.dot(tl.trans(entering), change, d_mixing, input_precision="ieee")
+        carried = tl.dot(change, turned, f * delta, input_precision="ieee")
+        if CLIP:
+            carried = tl.minimum(tl.maximum(carried, -bound), bound)
+        if RESET:
+            carried = tl.where(fresh, 0.0, carried)
+
+        tl.store(dk_at + tl.arange(0, K), dk.to(kind), mask=tl.arange(0, K) < KEY)
+        tl.store(dv_at + tl.arange(0, V), dv.to(d_values.dtype.element_ty), mask=tl.arange(0, V) < VALUE)
+        tl.store(df_at, df.to(d_forget.dtype.element_ty))
+        dk_at -= heads * KEY
+        dv_at -= heads * VALUE
+        df_at -= heads
+        k, v, f, dy, entering = next_k, next_v, next_f, next_dy, next_entering
+    tl.store(d_start + at, carried, mask=mask)
+    tl.store(d_weight + b * heads * VALUE * VALUE + place + u * VALUE + j, d_mixing, mask=square)
+
+
+def refuses(weights: Weights, inputs: Inputs) -> str | None:
+    """Why the kernels cannot serve a call."""
+    key, value = inputs[0].shape[-1], inputs[1].shape[-1]
+    needed = power_of_two(max(key, 16)) * power_of_two(max(value, 16))
+    if needed > _LARGEST or value > 64:
+        return (
+            f"the matrix of a head ({key} × {value}) does not stay on chip: at most {_LARGEST} numbers in tiles "
+            "and 64 columns do; use more heads"
+        )
+    return None
+
+
+def run(cell: M2RNN, weights: Weights, inputs: Inputs, state: Any, reset: Tensor | None) -> tuple[Tensor, Memory]:
+    """The route for M²RNN."""
+    keys, values, forget = inputs
+    start = cell.initial_state(tuple(part[:, 0] for part in inputs)) if state is None else state
+    outputs, last = forward(weights[0], keys, values, forget, start[0].float(), reset, cell.gradient_clip)
+    return outputs, Memory(last)
+
+
+def _constants(keys: Tensor, values: Tensor, reset: Tensor | None) -> dict[str, Any]:
+    key, value = keys.shape[-1], values.shape[-1]
+    k, v = power_of_two(max(key, 16)), power_of_two(max(value, 16))
+    return {
+        "KEY": key,
+        "VALUE": value,
+        "K": k,
+        "V": v,
+        "RESET": reset is not None,
+        "PRECISE": keys.dtype == torch.float32,
+        "num_warps": warps(k, v),
+        "num_stages": 1,
+    }
+
+
+def warps(k: int, v: int) -> int:
+    """One warp while it has no more than 32 numbers of the matrix for each of its threads; rows are cut, by 16."""
+    return max(1, min(k // 16, k * v // 1024))
+
+
+@torch.library.custom_op("ostinato::m2rnn", mutates_args=())
+def forward(
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    forget: Tensor,
+    start: Tensor,
+    reset: Tensor | None,
+    clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs (batch, time, heads, key, value) in the type of the keys, and the last state in float32."""
+    keys, values = keys.contiguous(), values.contiguous()
+    batch, time, heads, _ = keys.shape
+    outputs, last = _empty(keys, values, start)
+    forward_kernel[(heads, batch)](
+        keys,
+        values,
+        forget.contiguous(),
+        weight.contiguous(),
+        start.contiguous(),
+        keys if reset is None else reset.contiguous(),
+        outputs,
+        last,
+        time,
+        heads,
+        **_constants(keys, values, reset),
+    )
+    return outputs, last
+
+
+def _empty(keys: Tensor, values: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    return keys.new_empty(*keys.shape, values.shape[-1]), start.new_empty(start.shape)
+
+
+@forward.register_fake
+def _(
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    forget: Tensor,
+    start: Tensor,
+    reset: Tensor | None,
+    clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    return _empty(keys, values, start)
+
+
+@torch.library.custom_op("ostinato::m2rnn_backward", mutates_args=())
+def backward(
+    grad_outputs: Tensor,
+    grad_last: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    forget: Tensor,
+    start: Tensor,
+    reset: Tensor | None,
+    outputs: Tensor,
+    clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂W in float32; ∂k, ∂v, ∂f in their types; ∂start."""
+    keys, values, forget = keys.contiguous(), values.contiguous(), forget.contiguous()
+    batch, time, heads, _ = keys.shape
+    d_keys, d_values, d_forget = torch.empty_like(keys), torch.empty_like(values), torch.empty_like(forget)
+    d_weight, d_start = start.new_empty(batch, *weight.shape), start.new_empty(start.shape)
+    backward_kernel[(heads, batch)](
+        keys,
+        values,
+        forget,
+        weight.contiguous(),
+        start.contiguous(),
+        keys if reset is None else reset.contiguous(),
+        outputs,
+        grad_outputs.contiguous(),
+        grad_last.contiguous(),
+        d_keys,
+        d_values,
+        d_forget,
+        d_weight,
+        d_start,
+        time,
+        heads,
+        0.0 if clip is None else float(clip),
+        CLIP=clip is not None,
+        **_constants(keys, values, reset),
+    )
+    return d_weight.sum(0), d_keys, d_values, d_forget, d_start
+
+
+@backward.register_fake
+def _(
+    grad_outputs: Tensor,
+    grad_last: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    forget: Tensor,
+    start: Tensor,
+    reset: Tensor | None,
+    outputs: Tensor,
+    clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        start.new_empty(weight.shape),
+        keys.new_empty(keys.shape),
+        values.new_empty(values.shape),
+        forget.new_empty(forget.shape),
+        start.new_empty(start.shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.clip = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[0])
+
+
+def _differentiate(ctx: Any, grad_outputs: Tensor | None, grad_last: Tensor | None) -> tuple[Any, ...]:
+    weight, keys, values, forget, start, reset, outputs = ctx.saved_tensors
+    d_weight, *d_inputs = backward(
+        torch.zeros_like(outputs) if grad_outputs is None else grad_outputs,
+        torch.zeros_like(start) if grad_last is None else grad_last,
+        *(weight, keys, values, forget, start, reset, outputs, ctx.clip),
+    )
+    return d_weight.to(weight.dtype), *d_inputs, None, None
+
+
+forward.register_autograd(_differentiate, setup_context=_setup)
+without_second_derivative(backward)
