@@ -70,12 +70,28 @@ def load_totals(totals, token, key, SIZE: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def level_factor(totals, total, token, key, size, late, SIZE: tl.constexpr, K: tl.constexpr):
-    """exp(G − R) of the late half of each block of 2 `size` tokens, exp(R − G) of the early, 0 where R lies outside."""
+def load_scaled(place, mask, scale):
+    """A tile of keys or queries in float32, each row times its scale."""
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
+
+
+@triton.jit
+def lengths(place, mask, ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
+    """What each row of a tile is to be multiplied by: one over its length, or 1."""
+    if NORMALIZE:
+        wide = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        return tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
+    return tl.full([ROWS], 1.0, tl.float32)
+
+
+@triton.jit
+def level_factor(totals, token, key, size, TOKENS: tl.constexpr, BQ: tl.constexpr, K: tl.constexpr):
+    """exp(G − R) in the late half of each block of 2 `size` tokens, exp(R − G) in the early, 0 where R lies outside."""
     middle = token // (2 * size) * (2 * size) + size - 1
-    difference = (total - load_totals(totals, middle, key, SIZE, K)).to(tl.float32)
-    factor = tl.exp(tl.minimum(tl.where(late[:, None], difference, -difference), 0.0))
-    return tl.where((middle < SIZE)[:, None], factor, 0.0)
+    difference = load_totals(totals, token, key, BQ, K) - load_totals(totals, middle, key, TOKENS, K)
+    late = (token // size % 2 == 1)[:, None]
+    factor = tl.exp(tl.minimum(tl.where(late, difference, -difference).to(tl.float32), 0.0))
+    return tl.where((middle < TOKENS)[:, None], factor, 0.0)
 
 
 @triton.jit
@@ -159,12 +175,10 @@ def prepare(
     score = tl.where(own, tl.dot(q.to(dtype), tl.trans(narrow), input_precision=PRECISION), 0.0)
     for level in tl.range(0, LEVELS):
         size = 1 << level
-        late = row_token // size % 2 == 1
-        decayed = (k * level_factor(totals, total, row_token, key, size, late, TOKENS, K)).to(dtype)
+        decayed = (k * level_factor(totals, row_token, key, size, TOKENS, BQ, K)).to(dtype)
         kept = level_kept(row_token, row_token, segment, segment, size)
         lower += tl.where(kept, tl.dot(decayed, tl.trans(decayed), input_precision=PRECISION), 0.0)
-        late = token // size % 2 == 1
-        asked = (q * level_factor(totals, query_total, token, key, size, late, TOKENS, K)).to(dtype)
+        asked = (q * level_factor(totals, token, key, size, TOKENS, BQ, K)).to(dtype)
         kept = level_kept(token, row_token, query_segment, segment, size)
         score += tl.where(kept, tl.dot(asked, tl.trans(decayed), input_precision=PRECISION), 0.0)
     lower = tl.where(row[:, None] > row[None, :], lower, 0.0) * rate[:, None]
@@ -243,34 +257,78 @@ def gradients(
     start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
     origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
 
-    to_query = tl.zeros([BQ, BK], tl.float32)
-    to_read = tl.zeros([C, BK], tl.float32)
-    to_write = tl.zeros([C, BK], tl.float32)
-    to_score = tl.zeros([BQ, C], tl.float32)
-    to_lower = tl.zeros([C, C], tl.float32)
-    to_rate = tl.zeros([C], tl.float32)
-    kept_state = tl.zeros([BK], tl.float32)
+    flags = reset + batch * tokens + n * TOKENS
+    begins = row_in & (row % MICRO == 0)
+    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
+    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
     if BETA:
         rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
     else:
         rate = row_in.to(tl.float32)
+    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+    key_mask = row_in[:, None] & key_in
+    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+    query_mask = token_in[:, None] & key_in
+    key_scale = lengths(keys + key_offset, key_mask, C, NORMALIZE)
+    query_scale = lengths(queries + query_offset, query_mask, BQ, NORMALIZE)
+    totals += chunk * (BQ * K)
+
+    # First the queries: of the entering state, of the keys of their own token, then level by level. Tiles that
+    # several levels need are loaded anew in each: registers are for the sums.
+    to_query = tl.zeros([BQ, BK], tl.float32)
+    to_score = tl.zeros([BQ, C], tl.float32)
+    for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+        value = block * BV + tl.arange(0, BV)
+        value_in = (value < V)[None, :]
+        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
+        grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
+        state = tl.load(entering + state_offset, mask=(key < K)[:, None] & value_in, other=0.0)
+        written = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0)
+        to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
+        to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
+    total = load_totals(totals, token, key, BQ, K).to(tl.float32)
+    to_query *= tl.where((query_segment == 0)[:, None], tl.exp(total), 0.0)
+    own_token = token[:, None] == row_token[None, :]
+    part = tl.where(own_token, to_score, 0.0).to(dtype)
+    k = load_scaled(keys + key_offset, key_mask, key_scale)
+    to_query = tl.dot(part, k.to(dtype), to_query, input_precision=PRECISION)
+    for level in tl.range(0, LEVELS):
+        size = 1 << level
+        k = load_scaled(keys + key_offset, key_mask, key_scale)
+        decayed = (k * level_factor(totals, row_token, key, size, TOKENS, BQ, K)).to(dtype)
+        kept = level_kept(token, row_token, query_segment, segment, size)
+        weighed = tl.dot(tl.where(kept, to_score, 0.0).to(dtype), decayed, input_precision=PRECISION)
+        to_query += weighed * level_factor(totals, token, key, size, TOKENS, BQ, K)
+    of_score = to_score.to(dtype)
+    q = load_scaled(queries + query_offset, query_mask, query_scale)
+    # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what leaves: the
+    # first part waits in the gradient's place.
+    tl.store(grad_decay + query_offset, q * to_query, mask=query_mask)
+    if NORMALIZE:
+        to_query = (to_query - q * tl.sum(to_query * q, 1)[:, None]) * query_scale[:, None]
+    tl.store(grad_queries + query_offset, to_query.to(dtype), mask=query_mask)
+
+    # Then the keys, as they read (without β at first, for its gradient) and as they write.
+    to_read = tl.zeros([C, BK], tl.float32)
+    to_write = tl.zeros([C, BK], tl.float32)
+    to_lower = tl.zeros([C, C], tl.float32)
+    to_rate = tl.zeros([C], tl.float32)
+    kept_state = tl.zeros([BK], tl.float32)
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
         inside = row_in[:, None] & value_in
+        state_in = (key < K)[:, None] & value_in
         value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
-        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
-        grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
+        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         written = tl.load(fresh + value_offset, mask=inside, other=0.0)
         target = tl.load(residual + value_offset, mask=inside, other=0.0)
-        state_in = (key < K)[:, None] & value_in
-        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         state = tl.load(entering + state_offset, mask=state_in, other=0.0)
         grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)
-        to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
         to_read = tl.dot(target, tl.trans(state), to_read, input_precision=PRECISION)
         to_write = tl.dot(written, tl.trans(grad_state), to_write, input_precision=PRECISION)
-        to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
         to_lower = tl.dot(target, tl.trans(written), to_lower, input_precision=PRECISION)
         kept_state += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
         wide = target.to(tl.float32)
@@ -278,80 +336,53 @@ def gradients(
             v = tl.load(values + value_offset, mask=inside, other=0.0).to(tl.float32)
             to_rate += tl.sum(wide * v, 1)
         tl.store(grad_values + value_offset, (rate[:, None] * wide).to(dtype), mask=inside)
-
-    flags = reset + batch * tokens + n * TOKENS
-    begins = row_in & (row % MICRO == 0)
-    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
-    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
-    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
-    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
-    k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0).to(tl.float32)
-    q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0).to(tl.float32)
-    if NORMALIZE:
-        key_scale = tl.rsqrt(tl.sum(k * k, 1) + EPS)
-        query_scale = tl.rsqrt(tl.sum(q * q, 1) + EPS)
-        k *= key_scale[:, None]
-        q *= query_scale[:, None]
-    narrow = k.to(dtype)
-    totals += chunk * (BQ * K)
     total = load_totals(totals, row_token, key, BQ, K)
-    query_total = load_totals(totals, token, key, BQ, K)
-
-    # Of the states: what is read of the entering one, and what is left in the leaving one.
-    to_query *= tl.where((query_segment == 0)[:, None], tl.exp(query_total.to(tl.float32)), 0.0)
     to_read *= tl.where((segment == 0)[:, None], -tl.exp(total.to(tl.float32)), 0.0)
     last = load_totals(totals, tl.full([C], BQ - 1, tl.int32), key, BQ, K)
     to_write *= tl.where((segment == last_of(segment, C))[:, None], tl.exp((last - total).to(tl.float32)), 0.0)
-    through = tl.load(carried + chunk * K + key, mask=key < K, other=0.0)
-    leaves = tl.sum(to_write * k, 0) + through * kept_state
-
-    # Of the pairs: those of one token, then level by level.
-    own = token[:, None] == row_token[None, :]
-    part = tl.where(own, to_score, 0.0).to(dtype)
-    to_query = tl.dot(part, narrow, to_query, input_precision=PRECISION)
+    k = load_scaled(keys + key_offset, key_mask, key_scale)
+    leaves = tl.sum(to_write * k, 0)
+    leaves += tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * kept_state
+    q = load_scaled(queries + query_offset, query_mask, query_scale)
+    part = tl.where(own_token, of_score, tl.zeros_like(of_score))
     to_write = tl.dot(tl.trans(part), q.to(dtype), to_write, input_precision=PRECISION)
     to_lower = tl.where(row[:, None] > row[None, :], -to_lower, 0.0)
     if MICRO > 1:
-        own = row_token[:, None] == row_token[None, :]
-        part = tl.where(own, to_lower, 0.0)
-        to_read = tl.dot(part.to(dtype), narrow, to_read, input_precision=PRECISION)
-        to_write = tl.dot(tl.trans((part * rate[:, None]).to(dtype)), narrow, to_write, input_precision=PRECISION)
+        own = tl.where(row_token[:, None] == row_token[None, :], to_lower, 0.0)
+        to_read = tl.dot(own.to(dtype), k.to(dtype), to_read, input_precision=PRECISION)
+        own = (own * rate[:, None]).to(dtype)
+        to_write = tl.dot(tl.trans(own), k.to(dtype), to_write, input_precision=PRECISION)
     for level in tl.range(0, LEVELS):
         size = 1 << level
-        late = row_token // size % 2 == 1
-        factor = level_factor(totals, total, row_token, key, size, late, TOKENS, K)
-        decayed = (k * factor).to(dtype)
-        late = token // size % 2 == 1
-        query_factor = level_factor(totals, query_total, token, key, size, late, TOKENS, K)
-        asked = (q * query_factor).to(dtype)
+        q = load_scaled(queries + query_offset, query_mask, query_scale)
+        asked = (q * level_factor(totals, token, key, size, TOKENS, BQ, K)).to(dtype)
         kept = level_kept(token, row_token, query_segment, segment, size)
-        part = tl.where(kept, to_score, 0.0).to(dtype)
-        to_query += query_factor * tl.dot(part, decayed, input_precision=PRECISION)
+        part = tl.where(kept, of_score, tl.zeros_like(of_score))
         column = tl.dot(tl.trans(part), asked, input_precision=PRECISION)
+        factor = level_factor(totals, row_token, key, size, TOKENS, BQ, K)
+        decayed = (load_scaled(keys + key_offset, key_mask, key_scale) * factor).to(dtype)
         kept = level_kept(row_token, row_token, segment, segment, size)
-        part = tl.where(kept, to_lower, 0.0)
-        to_read += factor * tl.dot(part.to(dtype), decayed, input_precision=PRECISION)
-        part = (part * rate[:, None]).to(dtype)
-        to_write += factor * tl.dot(tl.trans(part), decayed, column, input_precision=PRECISION)
+        pairs = tl.where(kept, to_lower, 0.0)
+        to_read += factor * tl.dot(pairs.to(dtype), decayed, input_precision=PRECISION)
+        pairs = pairs * rate[:, None]
+        to_write += factor * tl.dot(tl.trans(pairs.to(dtype)), decayed, column, input_precision=PRECISION)
 
+    k = load_scaled(keys + key_offset, key_mask, key_scale)
     if BETA:
-        to_rate += tl.sum(k * to_read, 1)
-        tl.store(grad_beta + start + row * heads, to_rate, mask=row_in)
+        tl.store(grad_beta + start + row * heads, to_rate + tl.sum(k * to_read, 1), mask=row_in)
     to_read *= rate[:, None]
-    # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what leaves.
-    if MICRO == 1:
-        change = k * (to_read - to_write) + q * to_query
-    else:
-        sums = (token[:, None] == row_token[None, :]).to(tl.float32)
-        change = tl.dot(sums, k * (to_read - to_write), input_precision="ieee") + q * to_query
-    to_decay = tl.cumsum(change, 0, reverse=True) + leaves[None, :]
-    if RESET:
-        begin = tl.load(flags + token, mask=token_in, other=0)
-        to_decay = tl.where((begin != 0)[:, None], 0.0, to_decay)
-    tl.store(grad_decay + query_offset, to_decay, mask=token_in[:, None] & key_in)
     to_key = to_read + to_write
     if NORMALIZE:
-        to_query = (to_query - q * tl.sum(to_query * q, 1)[:, None]) * query_scale[:, None]
         to_key = (to_key - k * tl.sum(to_key * k, 1)[:, None]) * key_scale[:, None]
-    tl.store(grad_queries + query_offset, to_query.to(dtype), mask=token_in[:, None] & key_in)
-    tl.store(grad_keys + key_offset, to_key.to(dtype), mask=row_in[:, None] & key_in)
+    tl.store(grad_keys + key_offset, to_key.to(dtype), mask=key_mask)
+    change = k * (to_read - to_write)
+    if MICRO > 1:
+        change = tl.dot(own_token.to(tl.float32), change, input_precision="ieee")
+    tl.debug_barrier()
+    change += tl.load(grad_decay + query_offset, mask=query_mask, other=0.0)
+    change = tl.cumsum(change, 0, reverse=True) + leaves[None, :]
+    if RESET:
+        begin = tl.load(flags + token, mask=token_in, other=0)
+        change = tl.where((begin != 0)[:, None], 0.0, change)
+    tl.debug_barrier()
+    tl.store(grad_decay + query_offset, change, mask=query_mask)

@@ -324,7 +324,7 @@ def gradients(
     if DECAY:
         of_query = tl.sum(to_query * q.to(tl.float32), 1)
         score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]).to(tl.float32)
-        weight = score * to_score
+        weight = tl.where(token[:, None] > row_token[None, :], score * to_score, 0.0)
         of_query += tl.sum(weight, 1)
         of_column = tl.sum(weight, 0)
     to_score *= query_scale[:, None] * key_scale[None, :]
@@ -370,18 +370,22 @@ def gradients(
     to_read *= -(entered * key_scale)[:, None]
     if BETA or DECAY:
         weight = to_lower * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        of_read = tl.sum(to_read * k.to(tl.float32), 1) + tl.sum(weight, 1)
-        if DECAY:
-            of_column += tl.sum(rate[:, None] * weight, 0)
+        of_read = tl.sum(to_read * k.to(tl.float32), 1)
         if BETA:
-            tl.store(grad_beta + start + row * heads, to_rate + of_read, mask=row_in)
+            tl.store(grad_beta + start + row * heads, to_rate + of_read + tl.sum(weight, 1), mask=row_in)
+        if DECAY:
+            weight = tl.where(row_token[:, None] > row_token[None, :], rate[:, None] * weight, 0.0)
+            of_read = rate * of_read + tl.sum(weight, 1)
+            of_column += tl.sum(weight, 0)
     of_lower = (to_lower * rate[:, None]).to(dtype)
     to_write *= (left * key_scale)[:, None]
     if DECAY:
         of_write = tl.sum(to_write * k.to(tl.float32), 1)
-        # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what leaves.
-        change = to_tokens(rate * of_read - of_column - of_write, token, row_token, MICRO) + of_query
-        to_decay = tl.cumsum(change, 0, reverse=True) + tl.sum(of_write, 0) + through * kept_state
+        # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what of the rows
+        # before it leaves. Pairs of one token, and rows that leave after it, are left out, not cancelled.
+        change = to_tokens(of_read - of_column, token, row_token, MICRO) + of_query
+        before = tl.sum(tl.where(row_token[:, None] < token[None, :], of_write[:, None], 0.0), 0)
+        to_decay = tl.cumsum(change, 0, reverse=True) + before + through * kept_state
         if RESET:
             begin = tl.load(flags + token, mask=token_in, other=0)
             to_decay = tl.where(begin != 0, 0.0, to_decay)

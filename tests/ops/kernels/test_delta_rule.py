@@ -1,0 +1,225 @@
+"""`delta_rule` in Triton against its other routes in float64: outputs, last state, and the gradients of every input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ostinato
+from ostinato.errors import BackendError
+from ostinato.ops import delta_rule
+from ostinato.ops.kernels.triton import delta_rule_launch
+from ostinato.ops.kernels.triton.launch import INTERPRETED
+
+FLOAT32 = 1e-5
+BFLOAT16 = 6e-3
+"""‖error‖ / ‖exact‖ for bfloat16. Rounding the exact result alone costs 1.7e-3; the state, what is written to it, T
+and P are rounded once each before they are multiplied, and these errors add up in squares."""
+
+DIMENSIONS = [(40, 16), (24, 33)] if INTERPRETED else [(16, 256), (256, 16), (24, 100), (256, 256)]
+LENGTHS = [1, 31, 33, 65] if INTERPRETED else [1, 63, 64, 65, 1000, 4096]
+
+
+def problem(
+    device: torch.device,
+    time: int,
+    decay: str = "scalar",
+    n: int = 1,
+    sizes: tuple[int, int, int, int] = (1, 2, 16, 24),
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor | None]:
+    """Queries, keys, values, β, log-decays and initial state, of size (batch, heads, key_dim, value_dim)."""
+    batch, heads, key_dim, value_dim = sizes
+    q = torch.randn(batch, time, heads, key_dim, device=device)
+    k = torch.randn(batch, n * time, heads, key_dim, device=device)
+    v = torch.randn(batch, n * time, heads, value_dim, device=device)
+    # Within [0, 2], both ends included.
+    beta = (2.4 * torch.rand(batch, n * time, heads, device=device) - 0.2).clamp(0, 2)
+    shape = {"none": None, "scalar": (batch, time, heads), "vector": (batch, time, heads, key_dim)}[decay]
+    g = None if shape is None else -torch.rand(shape, device=device) * 0.3
+    state = torch.randn(batch, heads, key_dim, value_dim, device=device)
+    return [q.to(dtype), k.to(dtype), v.to(dtype), beta, g, state]
+
+
+def with_gradients(arguments: list[Tensor | None], cotangents: list[Tensor] | None = None, **options) -> list[Tensor]:
+    """Outputs, last state, and the gradients of all arguments; the cotangents are the same in every precision."""
+    given = [None if x is None else x.detach().requires_grad_() for x in arguments]
+    results = delta_rule(*given, **options)
+    weights = torch.Generator().manual_seed(0)
+    loss = 0
+    for x in results:
+        weight = torch.randn(x.shape, generator=weights).bfloat16()
+        loss = loss + (x * weight.to(x)).sum()
+    return [*(x.detach() for x in results), *torch.autograd.grad(loss, [x for x in given if x is not None])]
+
+
+def poisoned(function, *arguments, **options) -> list[Tensor]:
+    """The results where uninitialised memory holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return function(*arguments, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_exact(arguments: list[Tensor | None], bound: float, decay_bound: float | None = None, **options) -> None:
+    """The kernels' results are within ‖error‖ ≤ bound ‖exact‖ of those in float64."""
+    with ostinato.backend("triton"):
+        found = poisoned(with_gradients, arguments, **options)
+    wide = [None if x is None else x.double() for x in arguments]
+    with ostinato.backend("reference" if arguments[0].shape[1] <= 100 else "parallel"):
+        exact = with_gradients(wide, **options)
+    names = ["outputs", "last", *(n for n, x in zip("qkvβgs", arguments, strict=True) if x is not None)]
+    for name, ours, theirs in zip(names, found, exact, strict=True):
+        assert ours.shape == theirs.shape
+        limit = decay_bound if name == "g" and decay_bound else bound
+        error, size = (ours.double() - theirs).norm(), theirs.norm()
+        assert error <= limit * size, f"{name}: {error / size:.1e}"
+
+
+@pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+def test_lengths(device: torch.device, time: int, decay: str) -> None:
+    assert_exact(problem(device, time, decay), FLOAT32, normalize=True)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_several_steps_a_token(device: torch.device, n: int, decay: str) -> None:
+    reset = torch.zeros(1, 35, dtype=torch.bool, device=device)
+    reset[:, [0, 10, 11, 21, 32]] = True
+    assert_exact(problem(device, 35, decay, n), FLOAT32, normalize=True, reset=reset)
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+def test_bfloat16(device: torch.device, decay: str) -> None:
+    arguments = problem(device, 70 if INTERPRETED else 1000, decay, sizes=(1, 2, 64, 64), dtype=torch.bfloat16)
+    # The decays' gradients are differences of sums that nearly cancel.
+    assert_exact(arguments, BFLOAT16, 4 * BFLOAT16, normalize=True)
+
+
+def test_float16(device: torch.device) -> None:
+    arguments = problem(device, 70, sizes=(1, 2, 64, 64), dtype=torch.float16)
+    assert_exact(arguments, BFLOAT16 / 8, BFLOAT16 / 2, normalize=True)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("strength", ["weak", "strong", "mixed", "infinite"])
+def test_any_decay(device: torch.device, decay: str, strength: str) -> None:
+    arguments = problem(device, 40, decay)
+    strong = torch.rand(arguments[4].shape, device=device) < 0.5
+    arguments[4] = {
+        "weak": torch.full_like(arguments[4], -1e-4),
+        "strong": torch.full_like(arguments[4], -20.0),
+        "mixed": torch.where(strong, -20.0, -1e-4),
+        "infinite": torch.where(strong, -torch.inf, -1e-2),
+    }[strength]
+    assert_exact(arguments, FLOAT32, normalize=True)
+
+
+@pytest.mark.parametrize("beta", [None, 0.0, 2.0])
+def test_rates(device: torch.device, beta: float | None) -> None:
+    arguments = problem(device, 40)
+    arguments[3] = None if beta is None else torch.full_like(arguments[3], beta)
+    if beta == 0:
+        arguments[4] = None
+    assert_exact(arguments, FLOAT32, normalize=True)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.1])
+def test_nearly_parallel_keys(device: torch.device, spread: float) -> None:
+    """β = 2 and keys that are nearly one key: the condition number of a chunk of 32 rows is 32²."""
+    arguments = problem(device, 40, "none")
+    arguments[1] = F.normalize(1 + spread * torch.randn_like(arguments[1]), dim=-1)
+    arguments[3] = torch.full_like(arguments[3], 2.0)
+    assert_exact(arguments, 1e-4)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_resets_at_the_edges_of_chunks(device: torch.device, decay: str) -> None:
+    reset = torch.zeros(2, 70, dtype=torch.bool, device=device)
+    reset[0, [0, 31, 32, 33, 63, 64]] = True
+    reset[1, [5, 32]] = True
+    assert_exact(problem(device, 70, decay, sizes=(2, 1, 16, 16)), FLOAT32, normalize=True, reset=reset)
+
+
+@pytest.mark.parametrize("dims", DIMENSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_dimensions(device: torch.device, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    bound = FLOAT32 if dtype == torch.float32 else BFLOAT16
+    assert_exact(problem(device, 70, sizes=(1, 1, *dims), dtype=dtype), bound, 2 * bound, normalize=True)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_segments(device: torch.device, decay: str) -> None:
+    """One head alone is walked in segments, whose entering states are found by the maps of the earlier ones."""
+    time = 600 if INTERPRETED else 65_536
+    arguments = problem(device, time, decay, sizes=(1, 1, 16, 16))
+    q, k, v = arguments[:3]
+    assert delta_rule_launch.plan(q, k, v, channels=decay == "vector").segments > 1
+    reset = torch.rand(1, time, device=device) < 2e-3
+    assert_exact(arguments, FLOAT32, normalize=True, reset=reset)
+
+
+def test_strided_arguments(device: torch.device) -> None:
+    q, k, v, beta, g, state = problem(device, 20)
+    found, expected = [], []
+    for results, strided in ((found, True), (expected, False)):
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x for x in (q, k, v, beta, g)]
+        with ostinato.backend("triton"):
+            results.extend(with_gradients([*tensors, state.mT.contiguous().mT if strided else state]))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_only_the_last_state(device: torch.device) -> None:
+    """Gradients of the last state alone, and only of what asks for them."""
+    q, k, v, beta, g, _ = problem(device, 20)
+    results = []
+    for route, dtype in (("triton", torch.float32), ("parallel", torch.float64)):
+        key, rate = (x.to(dtype).requires_grad_() for x in (k, beta))
+        with ostinato.backend(route):
+            _, last = delta_rule(q.to(dtype), key, v.to(dtype), rate, g.to(dtype), normalize=True)
+        results.append(torch.autograd.grad(last.square().sum(), [key, rate]))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.double() - theirs).norm() <= FLOAT32 * theirs.norm()
+
+
+@pytest.mark.parametrize("decay", ["none", "vector"])
+def test_compiles_as_one_graph(device: torch.device, decay: str) -> None:
+    arguments = problem(device, 20, decay)
+
+    def squares(*tensors: Tensor) -> Tensor:
+        outputs, last = delta_rule(*tensors, normalize=True)
+        return outputs.square().sum() + last.square().sum()
+
+    compiled = torch.compile(squares, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    found = []
+    with ostinato.backend("triton"):
+        for function in (compiled, squares):
+            given = [None if x is None else x.detach().requires_grad_() for x in arguments]
+            found.append(torch.autograd.grad(function(*given), [x for x in given if x is not None]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_no_second_derivative(device: torch.device) -> None:
+    q, k, v, *_ = problem(device, 5)
+    k.requires_grad_()
+    with ostinato.backend("triton"):
+        (grad,) = torch.autograd.grad(delta_rule(q, k, v)[0].sum(), k, create_graph=True)
+        with pytest.raises(BackendError, match="parallel"):
+            grad.sum().backward()
+
+
+def test_refuses(device: torch.device) -> None:
+    q, k, v, *_ = problem(device, 5)
+    with ostinato.backend("triton"):
+        with pytest.raises(BackendError, match="float64"):
+            delta_rule(q.double(), k.double(), v.double())
+        with pytest.raises(BackendError, match="one key"):
+            delta_rule(q, k, v, read_keys=k)
+        with pytest.raises(BackendError, match="one type"):
+            delta_rule(q, k, v.half())
