@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ostinato.ops.checks import HALF, accumulation_dtype
+from ostinato.ops.kernels.triton import linear_attention_channels_launch as channels
 from ostinato.ops.kernels.triton import linear_attention_heads as heads
 from ostinato.ops.kernels.triton.launch import without_second_derivative
 
@@ -39,8 +40,6 @@ def refuses(
         return "the kernels want queries, keys and values of one type"
     if max(keys.shape[-1], values.shape[-1]) > LARGEST:
         return f"the kernels hold head dimensions up to {LARGEST}, got {keys.shape[-1]} and {values.shape[-1]}"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "the kernels have one decay per head, not one per channel"
     return None
 
 
@@ -59,6 +58,8 @@ def forward(
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and the last state."""
+    if log_decay is not None and log_decay.ndim == 4:
+        return channels.forward(queries, keys, values, log_decay, state, reset)
     return heads.forward(queries, keys, values, log_decay, state, reset)
 
 
@@ -88,6 +89,8 @@ def backward(
     grad_last: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values, log-decays and state; empty where there is no such argument."""
+    if log_decay is not None and log_decay.ndim == 4:
+        return channels.backward(queries, keys, values, log_decay, state, reset, grad, grad_last)
     return heads.backward(queries, keys, values, log_decay, state, reset, grad, grad_last)
 
 

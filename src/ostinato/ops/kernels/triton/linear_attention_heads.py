@@ -40,17 +40,40 @@ def plan(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     return Plan(rows=64, block=min(64, value_block), warps=8 if large else 4, stages=1 if large else 2)
 
 
-def segments(tensor: Tensor, rows: int, programs: int) -> int:
-    """Chunks to a segment: all of them where heads fill the card, else as few as fill it."""
+def segments(tensor: Tensor, rows: int, programs: int, warps: int) -> int:
+    """Chunks to a segment: all of them where heads nearly fill the card with eight warps a processor, else as few as
+    do."""
     chunks = triton.cdiv(tensor.shape[1], rows)
-    processors = card(tensor.device).processors
-    if programs > processors:
+    room = card(tensor.device).processors * 8
+    if 4 * programs * warps > 3 * room:
         return chunks
-    wanted = triton.cdiv(2 * processors, programs)
+    wanted = triton.cdiv(room, programs * warps)
     return min(chunks, max(SHORTEST_SEGMENT, triton.cdiv(chunks, wanted)))
 
 
-def _rowwise(tensor: Tensor) -> Tensor:
+def enter(added: Tensor, kept: Tensor, initial: Tensor | None, last: Tensor, reverse: bool) -> Tensor:
+    """The state that enters each segment, like `added` (batch · heads, segments, key_dim, value_dim); fills `last`."""
+    rows, count, key_dim, value_dim = added.shape
+    size = key_dim * value_dim
+    entering, block = torch.empty_like(added), min(1024, power_of_two(size))
+    kernels.enter[(rows, triton.cdiv(size, block))](
+        added,
+        kept,
+        last if initial is None else initial,
+        entering,
+        last,
+        count,
+        SIZE=size,
+        BLOCK=block,
+        PER_KEY=value_dim if kept.ndim == 3 else 0,
+        REVERSE=reverse,
+        INITIAL=initial is not None,
+    )
+    return entering
+
+
+def rowwise(tensor: Tensor) -> Tensor:
+    """`tensor` with its last axis contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -133,29 +156,14 @@ class Walk(NamedTuple):
 
     def entering(self, written: Tensor, values: Tensor, initial: Tensor | None, last: Tensor) -> Tensor | None:
         """The state that enters each segment; fills `last`. With one segment: as it is, and `last` is left."""
-        batch, time, heads, key_dim = written.shape
+        batch, time, heads = written.shape[:3]
         count = triton.cdiv(time, self.chunks * self.rows)
         if count == 1:
             return initial
-        size = key_dim * values.shape[-1]
-        added = last.new_empty(batch * heads, count, size)
+        added = last.new_empty(batch * heads, count, *last.shape[2:])
         kept = last.new_empty(batch * heads, count)
         self(written, written, values, (values.shape[-1], 1), last=added, kept=kept)
-        entering, block = torch.empty_like(added), min(1024, power_of_two(size))
-        kernels.enter[(batch * heads, triton.cdiv(size, block))](
-            added,
-            kept,
-            last if initial is None else initial,
-            entering,
-            last,
-            count,
-            SIZE=size,
-            BLOCK=block,
-            PER_KEY=0,
-            REVERSE=self.reverse,
-            INITIAL=initial is not None,
-        )
-        return entering
+        return enter(added, kept, initial, last, self.reverse)
 
 
 def chunk_sums(
@@ -187,7 +195,8 @@ def chunk_sums(
     return None if log_decay is None else sums, None if reset is None else parts
 
 
-def _state_like(queries: Tensor, values: Tensor) -> Tensor:
+def state_like(queries: Tensor, values: Tensor) -> Tensor:
+    """An empty state."""
     batch, _, heads, key_dim = queries.shape
     return queries.new_empty(batch, heads, key_dim, values.shape[-1], dtype=accumulation_dtype(queries.dtype))
 
@@ -199,7 +208,7 @@ def _prepared(
     sizes = plan(values.dtype, key_dim, values.shape[-1])
     programs = batch * heads * triton.cdiv(values.shape[-1], sizes.block)
     sums, parts = chunk_sums(log_decay, reset, sizes.rows, values.dtype)
-    walk = Walk(sums, parts, False, segments(queries, sizes.rows, programs), sizes.rows)
+    walk = Walk(sums, parts, False, segments(queries, sizes.rows, programs, sizes.warps), sizes.rows)
     return walk, None if state is None else state.to(accumulation_dtype(queries.dtype)).contiguous()
 
 
@@ -212,9 +221,9 @@ def forward(
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and the last state."""
-    queries, keys, values = _rowwise(queries), _rowwise(keys), _rowwise(values)
+    queries, keys, values = rowwise(queries), rowwise(keys), rowwise(values)
     walk, initial = _prepared(queries, values, log_decay, state, reset)
-    last = _state_like(queries, values)
+    last = state_like(queries, values)
     entering = walk.entering(keys, values, initial, last)
     ends = last if entering is initial else None
     outputs, _ = walk(queries, keys, values, (values.shape[-1], 1), initial=entering, last=ends)
@@ -232,11 +241,11 @@ def backward(
     grad_last: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values, log-decays and state; empty where there is no such argument."""
-    queries, keys, values, grad = (_rowwise(tensor) for tensor in (queries, keys, values, grad.to(queries.dtype)))
+    queries, keys, values, grad = (rowwise(tensor) for tensor in (queries, keys, values, grad.to(queries.dtype)))
     walk, initial = _prepared(queries, values, log_decay, state, reset)
     back = walk._replace(reverse=True)
     width = values.shape[-1]
-    end, start = _state_like(queries, values), _state_like(queries, values)
+    end, start = state_like(queries, values), state_like(queries, values)
     flowing = None if grad_last is None else grad_last.to(end.dtype).contiguous()
 
     entering = walk.entering(keys, values, initial, end)
@@ -248,14 +257,14 @@ def backward(
         of_keys, _ = back(values, grad, queries, (1, width), initial=behind)
         of_decay = queries.new_empty(0)
     else:
-        ends = end if one_segment else torch.empty_like(entering)
+        ends = end if entering is None else torch.empty_like(entering)
         of_queries, read = walk(grad, values, keys, (1, width), initial=entering, last=ends, beside=queries)
         of_keys, wrote = back(values, grad, queries, (1, width), initial=behind, beside=keys)
         # What of the loss goes through the state at the end of each segment.
-        flow = None if behind is None else (ends * behind.view_as(ends)).flatten(2).sum(-1)
+        flow = None if behind is None else (ends.view_as(behind) * behind).flatten(2).sum(-1)
         of_decay = _decay_gradient(walk, log_decay, reset, read, wrote, flow)
-    ends = start if state is not None and one_segment else None
-    of_values, _ = back(keys, queries, grad, (width, 1), initial=behind, last=ends)
+    first = start if state is not None and one_segment else None
+    of_values, _ = back(keys, queries, grad, (width, 1), initial=behind, last=first)
     return of_queries, of_keys, of_values, of_decay, queries.new_empty(0) if state is None else start.to(state.dtype)
 
 

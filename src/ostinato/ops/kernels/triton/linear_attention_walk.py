@@ -121,10 +121,10 @@ def walk(
 
     if PRODUCTS and REVERSE and INITIAL:
         # What the last step reads of the last state's gradient, in this program if it has that step.
-        key, end = tl.arange(0, BK), time - 1
+        key, final = tl.arange(0, BK), time - 1
         has_end = (key < KEY_DIM) & (segment == segments - 1)
-        x = tl.load(readers + end.to(tl.int64) * readers_time + key, mask=has_end, other=0.0).to(tl.float32)
-        read_of_end = tl.sum(state * x[None, :], axis=1)
+        reader = tl.load(readers + final.to(tl.int64) * readers_time + key, mask=has_end, other=0.0)
+        read_of_end = tl.sum(state * reader.to(tl.float32)[None, :], axis=1)
 
     operand = values.dtype.element_ty
     if WIDE:
@@ -212,9 +212,8 @@ def walk(
 
     if LAST:
         tl.store(last + place, state, mask=inside)
-    if not OUTPUTS:
-        if block == 0:
-            tl.store(kept + sequence * segments + segment, tl.exp(whole))
+    if (not OUTPUTS) and block == 0:
+        tl.store(kept + sequence * segments + segment, tl.exp(whole))
 
 
 @triton.jit
