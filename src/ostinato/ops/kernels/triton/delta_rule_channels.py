@@ -173,7 +173,7 @@ def prepare(
     lower = tl.where(own, tl.dot(narrow, tl.trans(narrow), input_precision=PRECISION), 0.0)
     own = token[:, None] == row_token[None, :]
     score = tl.where(own, tl.dot(q.to(dtype), tl.trans(narrow), input_precision=PRECISION), 0.0)
-    for level in tl.range(0, LEVELS):
+    for level in tl.range(0, LEVELS, num_stages=1):
         size = 1 << level
         decayed = (k * level_factor(totals, row_token, key, size, TOKENS, BQ, K)).to(dtype)
         kept = level_kept(row_token, row_token, segment, segment, size)
@@ -273,8 +273,15 @@ def gradients(
     query_scale = lengths(queries + query_offset, query_mask, BQ, NORMALIZE)
     totals += chunk * (BQ * K)
 
-    # First the queries: of the entering state, of the keys of their own token, then level by level. Tiles that
-    # several levels need are loaded anew in each: registers are for the sums.
+    # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what of the rows before
+    # it leaves. Pairs of one token, and rows that leave after it, are left out of the sums, not cancelled. The sums
+    # grow in the gradient's place, and tiles that several levels need are loaded anew (`again` is 0, which
+    # the compiler does not see): registers are short.
+    reads = (row_token[None, :] >= token[:, None]).to(tl.float32)
+    asks = (token[None, :] >= token[:, None]).to(tl.float32)
+    own_token = token[:, None] == row_token[None, :]
+
+    # First the queries: of the entering state, of earlier keys level by level, and of the keys of their own token.
     to_query = tl.zeros([BQ, BK], tl.float32)
     to_score = tl.zeros([BQ, C], tl.float32)
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
@@ -288,101 +295,118 @@ def gradients(
         written = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0)
         to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
         to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
+    of_score = to_score.to(dtype)
     total = load_totals(totals, token, key, BQ, K).to(tl.float32)
     to_query *= tl.where((query_segment == 0)[:, None], tl.exp(total), 0.0)
-    own_token = token[:, None] == row_token[None, :]
-    part = tl.where(own_token, to_score, 0.0).to(dtype)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        size = 1 << level
+        again = (level >> 8) * 128
+        k = load_scaled(keys + key_offset + again, key_mask, key_scale)
+        decayed = (k * level_factor(totals + again, row_token, key, size, TOKENS, BQ, K)).to(dtype)
+        kept = level_kept(token, row_token, query_segment, segment, size)
+        part = tl.where(kept, of_score, tl.zeros_like(of_score))
+        weighed = tl.dot(part, decayed, input_precision=PRECISION)
+        to_query += weighed * level_factor(totals + again, token, key, size, TOKENS, BQ, K)
+    q = load_scaled(queries + query_offset, query_mask, query_scale)
+    tl.store(grad_decay + query_offset, tl.dot(asks, q * to_query, input_precision=PRECISION), mask=query_mask)
+    part = tl.where(own_token, of_score, tl.zeros_like(of_score))
     k = load_scaled(keys + key_offset, key_mask, key_scale)
     to_query = tl.dot(part, k.to(dtype), to_query, input_precision=PRECISION)
-    for level in tl.range(0, LEVELS):
-        size = 1 << level
-        k = load_scaled(keys + key_offset, key_mask, key_scale)
-        decayed = (k * level_factor(totals, row_token, key, size, TOKENS, BQ, K)).to(dtype)
-        kept = level_kept(token, row_token, query_segment, segment, size)
-        weighed = tl.dot(tl.where(kept, to_score, 0.0).to(dtype), decayed, input_precision=PRECISION)
-        to_query += weighed * level_factor(totals, token, key, size, TOKENS, BQ, K)
-    of_score = to_score.to(dtype)
-    q = load_scaled(queries + query_offset, query_mask, query_scale)
-    # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what leaves: the
-    # first part waits in the gradient's place.
-    tl.store(grad_decay + query_offset, q * to_query, mask=query_mask)
     if NORMALIZE:
+        q = load_scaled(queries + query_offset, query_mask, query_scale)
         to_query = (to_query - q * tl.sum(to_query * q, 1)[:, None]) * query_scale[:, None]
     tl.store(grad_queries + query_offset, to_query.to(dtype), mask=query_mask)
 
-    # Then the keys, as they read (without β at first, for its gradient) and as they write.
-    to_read = tl.zeros([C, BK], tl.float32)
-    to_write = tl.zeros([C, BK], tl.float32)
+    # Then the keys, as they read (without β at first, for its gradient) and as they write; first of one another.
     to_lower = tl.zeros([C, C], tl.float32)
     to_rate = tl.zeros([C], tl.float32)
-    kept_state = tl.zeros([BK], tl.float32)
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
-        value_in = (value < V)[None, :]
-        inside = row_in[:, None] & value_in
-        state_in = (key < K)[:, None] & value_in
+        inside = row_in[:, None] & (value < V)[None, :]
         value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
-        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         written = tl.load(fresh + value_offset, mask=inside, other=0.0)
         target = tl.load(residual + value_offset, mask=inside, other=0.0)
-        state = tl.load(entering + state_offset, mask=state_in, other=0.0)
-        grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)
-        to_read = tl.dot(target, tl.trans(state), to_read, input_precision=PRECISION)
-        to_write = tl.dot(written, tl.trans(grad_state), to_write, input_precision=PRECISION)
         to_lower = tl.dot(target, tl.trans(written), to_lower, input_precision=PRECISION)
-        kept_state += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
         wide = target.to(tl.float32)
         if BETA:
             v = tl.load(values + value_offset, mask=inside, other=0.0).to(tl.float32)
             to_rate += tl.sum(wide * v, 1)
         tl.store(grad_values + value_offset, (rate[:, None] * wide).to(dtype), mask=inside)
-    total = load_totals(totals, row_token, key, BQ, K)
-    to_read *= tl.where((segment == 0)[:, None], -tl.exp(total.to(tl.float32)), 0.0)
-    last = load_totals(totals, tl.full([C], BQ - 1, tl.int32), key, BQ, K)
-    to_write *= tl.where((segment == last_of(segment, C))[:, None], tl.exp((last - total).to(tl.float32)), 0.0)
-    k = load_scaled(keys + key_offset, key_mask, key_scale)
-    leaves = tl.sum(to_write * k, 0)
-    leaves += tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * kept_state
-    q = load_scaled(queries + query_offset, query_mask, query_scale)
-    part = tl.where(own_token, of_score, tl.zeros_like(of_score))
-    to_write = tl.dot(tl.trans(part), q.to(dtype), to_write, input_precision=PRECISION)
     to_lower = tl.where(row[:, None] > row[None, :], -to_lower, 0.0)
-    if MICRO > 1:
-        own = tl.where(row_token[:, None] == row_token[None, :], to_lower, 0.0)
-        to_read = tl.dot(own.to(dtype), k.to(dtype), to_read, input_precision=PRECISION)
-        own = (own * rate[:, None]).to(dtype)
-        to_write = tl.dot(tl.trans(own), k.to(dtype), to_write, input_precision=PRECISION)
-    for level in tl.range(0, LEVELS):
+    to_read = tl.zeros([C, BK], tl.float32)
+    to_write = tl.zeros([C, BK], tl.float32)
+    for level in tl.range(0, LEVELS, num_stages=1):
         size = 1 << level
-        q = load_scaled(queries + query_offset, query_mask, query_scale)
-        asked = (q * level_factor(totals, token, key, size, TOKENS, BQ, K)).to(dtype)
+        again = (level >> 8) * 128
+        q = load_scaled(queries + query_offset + again, query_mask, query_scale)
+        asked = (q * level_factor(totals + again, token, key, size, TOKENS, BQ, K)).to(dtype)
         kept = level_kept(token, row_token, query_segment, segment, size)
         part = tl.where(kept, of_score, tl.zeros_like(of_score))
         column = tl.dot(tl.trans(part), asked, input_precision=PRECISION)
-        factor = level_factor(totals, row_token, key, size, TOKENS, BQ, K)
-        decayed = (load_scaled(keys + key_offset, key_mask, key_scale) * factor).to(dtype)
+        factor = level_factor(totals + again, row_token, key, size, TOKENS, BQ, K)
+        decayed = (load_scaled(keys + key_offset + again, key_mask, key_scale) * factor).to(dtype)
         kept = level_kept(row_token, row_token, segment, segment, size)
         pairs = tl.where(kept, to_lower, 0.0)
         to_read += factor * tl.dot(pairs.to(dtype), decayed, input_precision=PRECISION)
         pairs = pairs * rate[:, None]
         to_write += factor * tl.dot(tl.trans(pairs.to(dtype)), decayed, column, input_precision=PRECISION)
 
+    # What they read of the entering state.
+    of_state = tl.zeros([C, BK], tl.float32)
+    for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+        value = block * BV + tl.arange(0, BV)
+        value_in = (value < V)[None, :]
+        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
+        target = tl.load(residual + value_offset, mask=row_in[:, None] & value_in, other=0.0)
+        state = tl.load(entering + state_offset, mask=(key < K)[:, None] & value_in, other=0.0)
+        of_state = tl.dot(target, tl.trans(state), of_state, input_precision=PRECISION)
+    total = load_totals(totals, row_token, key, BQ, K)
+    to_read -= of_state * tl.where((segment == 0)[:, None], tl.exp(total.to(tl.float32)), 0.0)
     k = load_scaled(keys + key_offset, key_mask, key_scale)
+    change = tl.dot(reads, k * (rate[:, None] * to_read - to_write), input_precision=PRECISION)
+    if MICRO > 1:
+        own = tl.where(row_token[:, None] == row_token[None, :], to_lower, 0.0)
+        to_read = tl.dot(own.to(dtype), k.to(dtype), to_read, input_precision=PRECISION)
+        own = (own * rate[:, None]).to(dtype)
+        to_write = tl.dot(tl.trans(own), k.to(dtype), to_write, input_precision=PRECISION)
+    part = tl.where(own_token, of_score, tl.zeros_like(of_score))
+    q = load_scaled(queries + query_offset, query_mask, query_scale)
+    to_write = tl.dot(tl.trans(part), q.to(dtype), to_write, input_precision=PRECISION)
     if BETA:
         tl.store(grad_beta + start + row * heads, to_rate + tl.sum(k * to_read, 1), mask=row_in)
-    to_read *= rate[:, None]
-    to_key = to_read + to_write
-    if NORMALIZE:
-        to_key = (to_key - k * tl.sum(to_key * k, 1)[:, None]) * key_scale[:, None]
-    tl.store(grad_keys + key_offset, to_key.to(dtype), mask=key_mask)
-    change = k * (to_read - to_write)
-    if MICRO > 1:
-        change = tl.dot(own_token.to(tl.float32), change, input_precision="ieee")
+    to_key = rate[:, None] * to_read + to_write
     tl.debug_barrier()
     change += tl.load(grad_decay + query_offset, mask=query_mask, other=0.0)
-    change = tl.cumsum(change, 0, reverse=True) + leaves[None, :]
+
+    # And what they write into the leaving one.
+    of_state = tl.zeros([C, BK], tl.float32)
+    kept_state = tl.zeros([BK], tl.float32)
+    for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+        value = block * BV + tl.arange(0, BV)
+        value_in = (value < V)[None, :]
+        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
+        state_in = (key < K)[:, None] & value_in
+        written = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0)
+        state = tl.load(entering + state_offset, mask=state_in, other=0.0)
+        grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)
+        of_state = tl.dot(written, tl.trans(grad_state), of_state, input_precision=PRECISION)
+        kept_state += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+    last = load_totals(totals, tl.full([C], BQ - 1, tl.int32), key, BQ, K)
+    total = load_totals(totals, row_token, key, BQ, K)
+    left = tl.exp((last - total).to(tl.float32))
+    of_state *= tl.where((segment == last_of(segment, C))[:, None], left, 0.0)
+    to_key += of_state
+    k = load_scaled(keys + key_offset, key_mask, key_scale)
+    change = tl.dot(1.0 - reads, k * of_state, change, input_precision=PRECISION)
+    change += (tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * kept_state)[None, :]
     if RESET:
         begin = tl.load(flags + token, mask=token_in, other=0)
         change = tl.where((begin != 0)[:, None], 0.0, change)
     tl.debug_barrier()
     tl.store(grad_decay + query_offset, change, mask=query_mask)
+    if NORMALIZE:
+        k = load_scaled(keys + key_offset, key_mask, key_scale)
+        to_key = (to_key - k * tl.sum(to_key * k, 1)[:, None]) * key_scale[:, None]
+    tl.store(grad_keys + key_offset, to_key.to(dtype), mask=key_mask)
