@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Traits
-from ostinato.mixers.heads import FEATURES, KeyValueMixer, MatrixState, find_feature_map
+from ostinato.mixers.heads import FEATURES, KeyValueMixer, MatrixState, cleared, find_feature_map, padding
 from ostinato.mixers.parts import l2_normalize
 from ostinato.ops.delta_rule import delta_rule
 
@@ -31,6 +31,7 @@ class DeltaRuleMixer(KeyValueMixer):
     or 2σ(W_β x) with `negative_eigenvalues`: the transition's eigenvalue along k is then 1 − β ∈ (−1, 1).
     """
 
+    scan = staticmethod(delta_rule)
     qk_activation = "silu"
     qk_norm = "l2"
 
@@ -61,14 +62,20 @@ class DeltaRuleMixer(KeyValueMixer):
         beta = torch.sigmoid(self.to_beta(x)) * (2 if self.negative_eigenvalues else 1)
         return beta.reshape(x.shape[0], -1, self.heads)
 
-    def mix(self, x: Tensor, state: MatrixState, reset: Tensor | None) -> tuple[Tensor, MatrixState]:
-        """The recurrence, over the whole sequence."""
-        queries, keys, values, window = self.project(x, state.window, reset)
+    def remember(
+        self, x: Tensor, state: MatrixState, reset: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MatrixState]:
+        """What is read from the memory at every step."""
+        queries, keys, values, window = self.project(x, state.window, reset, lengths)
         activation, norm = FEATURES[self.qk_activation], NORMS[self.qk_norm]
         queries = norm(activation(queries)) * self.key_dim**-0.5
         keys, values = norm(activation(keys)), F.silu(values)
-        outputs, memory = delta_rule(queries, keys, values, self.beta(x), self.log_decay(x), state.memory, reset=reset)
-        return self.read_out(outputs, x), MatrixState(memory, window)
+        beta, log_decay = self.beta(x), self.log_decay(x)
+        if (padded := padding(lengths, x.shape[1])) is not None:
+            beta = cleared(beta, padded.repeat_interleave(self.writes, dim=1))
+            log_decay = None if log_decay is None else cleared(log_decay, padded)
+        outputs, memory = self.scan(queries, keys, values, beta, log_decay, state.memory, reset=reset)
+        return outputs, MatrixState(memory, window)
 
 
 class DeltaNet(DeltaRuleMixer):

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ostinato.mixers.base import Traits
-from ostinato.mixers.heads import KeyValueMixer, MatrixState, widened
-from ostinato.ops.linear_attention import linear_attention
+from ostinato.mixers.heads import KeyValueMixer, MatrixState, cleared, padding, widened
 
 
 class GLA(KeyValueMixer):
@@ -59,11 +58,15 @@ class GLA(KeyValueMixer):
             log_decay = log_decay.clamp(min=self.gate_floor)
         return log_decay.unflatten(-1, (self.heads, -1))
 
-    def mix(self, x: Tensor, state: MatrixState, reset: Tensor | None) -> tuple[Tensor, MatrixState]:
-        """The recurrence, over the whole sequence."""
-        queries, keys, values, window = self.project(x, state.window, reset)
+    def remember(
+        self, x: Tensor, state: MatrixState, reset: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MatrixState]:
+        """What is read from the memory at every step."""
+        queries, keys, values, window = self.project(x, state.window, reset, lengths)
         if window is not None:
             queries, keys, values = F.silu(queries), F.silu(keys), F.silu(values)
         queries = queries * self.key_dim**-0.5
-        outputs, memory = linear_attention(queries, keys, values, self.log_decay(x), state.memory, reset=reset)
-        return self.read_out(outputs, x), MatrixState(memory, window)
+        padded = padding(lengths, x.shape[1])
+        log_decay = cleared(self.log_decay(x), padded)
+        outputs, memory = self.scan(queries, cleared(keys, padded), values, log_decay, state.memory, reset=reset)
+        return outputs, MatrixState(memory, window)

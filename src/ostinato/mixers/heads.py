@@ -6,17 +6,18 @@ The memory of a head is S ∈ R^{key_dim × value_dim}; it is written at a key a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer, split_heads
 from ostinato.mixers.parts import GatedNorm, ShortConvolution, log_uniform, softplus_inverse
 from ostinato.ops.checks import accumulation_dtype
+from ostinato.ops.linear_attention import linear_attention
 
 
 class MatrixState(NamedTuple):
@@ -40,6 +41,33 @@ def head_width(d_model: int, heads: int, expand: float = 1.0) -> int:
 def widened(x: Tensor) -> Tensor:
     """x in the type in which gates are computed: float32 for half precision, else its own."""
     return x.to(accumulation_dtype(x.dtype))
+
+
+def padding(lengths: Int[Tensor, " batch"] | None, time: int) -> Bool[Tensor, "batch time"] | None:
+    """True from step `lengths` of a row on; None if every row is as long as the batch."""
+    return None if lengths is None else torch.arange(time, device=lengths.device) >= lengths.unsqueeze(1)
+
+
+def cleared(x: Tensor, padded: Bool[Tensor, "batch time"] | None) -> Tensor:
+    """x with zeros where it is padded. A write of zero with a log decay of zero leaves a memory as it was."""
+    return x if padded is None else x.masked_fill(padded.reshape(*padded.shape, *[1] * (x.ndim - 2)), 0)
+
+
+def last_inputs(
+    x: Float[Tensor, "batch time channels"],
+    window: Float[Tensor, "batch taps channels"],
+    reset: Bool[Tensor, "batch time"] | None,
+    lengths: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch taps channels"]:
+    """The window of a short convolution after the first `lengths` inputs of each row: zero before the last reset."""
+    taps = window.shape[1]
+    index = lengths.unsqueeze(1) + torch.arange(taps, device=x.device)
+    found = torch.cat([window.to(x.dtype), x], dim=1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    if reset is not None:
+        sequence = F.pad(reset.long().cumsum(1), (taps, 0))
+        own = sequence.gather(1, index)
+        found = found.masked_fill((own != sequence.gather(1, index[:, -1:])).unsqueeze(-1), 0) if taps else found
+    return found
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -84,14 +112,24 @@ class QueriesKeysValues(nn.Module):
         return self.convolution.initial_state(batch_size) if self.convolution is not None else None
 
     def forward(
-        self, x: Float[Tensor, "batch time d_model"], window: Tensor | None, reset: Bool[Tensor, "batch time"] | None
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        window: Tensor | None,
+        reset: Bool[Tensor, "batch time"] | None,
+        lengths: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries (batch, time, heads, key_dim), keys and values (batch, writes · time, heads, …), the window."""
+        """Queries (batch, time, heads, key_dim), keys and values (batch, writes · time, heads, …), the window.
+
+        With `lengths` the window is that of the first `lengths` steps of each row.
+        """
         batch, time = x.shape[:2]
         queries, keys, values = self.to_queries(x), self.to_keys(x), self.to_values(x)
         if self.convolution is not None:
-            joined, window = self.convolution(torch.cat([queries, keys, values], dim=-1), window, reset)
+            entering, inputs = window, torch.cat([queries, keys, values], dim=-1)
+            joined, window = self.convolution(inputs, entering, reset)
             queries, keys, values = joined.split(self.widths, dim=-1)
+            if lengths is not None and entering is not None:
+                window = last_inputs(inputs, entering, reset, lengths)
         queries = queries.reshape(batch, time, self.heads, -1)
         keys = keys.reshape(batch, time * self.writes, self.heads, -1)
         values = values.reshape(batch, time * self.writes, self.heads, -1)
@@ -100,6 +138,8 @@ class QueriesKeysValues(nn.Module):
 
 class KeyValueMixer(Mixer):
     """A mixer that reads a matrix memory per head: y = W_o concat_h[RMSNorm(o) ⊙ act(W_g x)].
+
+    Subclasses define `remember`: the recurrence up to o.
 
     Args:
         d_model: width.
@@ -134,10 +174,31 @@ class KeyValueMixer(Mixer):
         """W_g: the map from x to the output gates of all heads."""
         return nn.Linear(self.d_model, self.heads * self.value_dim, bias=False)
 
+    scan: Callable[..., Any] = staticmethod(linear_attention)
+    """The engine. An instance may be given another one with the same arguments."""
+
     def initial_state(self, batch_size: int) -> MatrixState:
         """Zeros."""
         memory = self.zeros(batch_size, self.heads, self.key_dim, self.value_dim)
         return MatrixState(memory, self.project.initial_state(batch_size))
+
+    def remember(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: Any,
+        reset: Bool[Tensor, "batch time"] | None,
+        lengths: Int[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time heads value_dim"], Any]:
+        """What is read from the memory at every step, o, and the state.
+
+        With `lengths`, row i has `lengths[i]` steps and the others are padding: the state does not see them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define remember")
+
+    def mix(self, x: Tensor, state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
+        """The recurrence, over the whole sequence."""
+        outputs, state = self.remember(x, state, reset)
+        return self.read_out(outputs, x), state
 
     def read_out(self, outputs: Float[Tensor, "batch time heads value_dim"], x: Tensor) -> Tensor:
         """W_o concat_h[RMSNorm(o) ⊙ act(W_g x)]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer, Traits, split_heads
-from ostinato.mixers.heads import MatrixState, widened
+from ostinato.mixers.heads import MatrixState, cleared, padding, widened
 from ostinato.ops.linear_attention import linear_attention
 
 
@@ -57,6 +57,9 @@ class HGRN2(Mixer):
         self.norm = nn.RMSNorm(d_model, eps=eps)
         self.to_output = nn.Linear(d_model, d_model, bias=False)
 
+    scan = staticmethod(linear_attention)
+    """The engine. An instance may be given another one with the same arguments."""
+
     def initial_state(self, batch_size: int) -> MatrixState:
         """Zeros."""
         return MatrixState(self.zeros(batch_size, self.heads, self.key_dim, self.key_dim), None)
@@ -69,22 +72,44 @@ class HGRN2(Mixer):
         self, x: Tensor, state: MatrixState, reset: Tensor | None, lower_bound: float | Float[Tensor, " d_model"]
     ) -> tuple[Tensor, MatrixState]:
         """The recurrence, with the decays' lower bound given from outside."""
+        outputs, state = self._remember(x, state, reset, lower_bound, None)
+        return self.read_out(outputs, x), state
+
+    def remember(
+        self, x: Tensor, state: MatrixState, reset: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MatrixState]:
+        """What is read from the memory at every step; steps from `lengths` on are padding."""
+        return self._remember(x, state, reset, self.lower_bound, lengths)
+
+    def read_out(self, outputs: Tensor, x: Tensor) -> Tensor:
+        """W_o RMSNorm(o)."""
+        joined = outputs.flatten(-2).to(self.norm.weight.dtype)  # half precision under autocast
+        return self.to_output(self.norm(joined))
+
+    def _remember(
+        self,
+        x: Tensor,
+        state: MatrixState,
+        reset: Tensor | None,
+        lower_bound: float | Tensor,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, MatrixState]:
         forget = widened(self.to_forget(x))
         # 1 − α and log α, each from the form that keeps its digits.
         keys = (1 - lower_bound) * torch.sigmoid(-forget)
         decay = lower_bound + (1 - lower_bound) * torch.sigmoid(forget)
         tiny = torch.finfo(decay.dtype).tiny
         log_decay = torch.where(keys < 0.5, torch.log1p(-keys.clamp(max=0.5)), decay.clamp(min=tiny).log())
-        outputs, memory = linear_attention(
+        padded = padding(lengths, x.shape[1])
+        outputs, memory = self.scan(
             self._split(F.silu(self.to_queries(x)) * self.key_dim**-0.5),
-            self._split(keys),
+            self._split(cleared(keys, padded)),
             self._split(self.to_values(x)),
-            self._split(log_decay),
+            self._split(cleared(log_decay, padded)),
             state.memory,
             reset=reset,
         )
-        joined = outputs.flatten(-2).to(self.norm.weight.dtype)  # half precision under autocast
-        return self.to_output(self.norm(joined)), MatrixState(memory, None)
+        return outputs, MatrixState(memory, None)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

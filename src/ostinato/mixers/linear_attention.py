@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Traits
-from ostinato.mixers.heads import KeyValueMixer, MatrixState, find_feature_map
-from ostinato.ops.linear_attention import linear_attention
+from ostinato.mixers.heads import KeyValueMixer, MatrixState, cleared, find_feature_map, padding
 
 
 class LinearAttention(KeyValueMixer):
@@ -69,15 +68,18 @@ class LinearAttention(KeyValueMixer):
         """W_o RMSNorm(o)."""
         return self.to_output(self.norm(outputs).flatten(-2))
 
-    def mix(self, x: Tensor, state: MatrixState, reset: Tensor | None) -> tuple[Tensor, MatrixState]:
-        """The recurrence, over the whole sequence."""
-        queries, keys, values, window = self.project(x, state.window, reset)
+    def remember(
+        self, x: Tensor, state: MatrixState, reset: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MatrixState]:
+        """What is read from the memory at every step."""
+        queries, keys, values, window = self.project(x, state.window, reset, lengths)
         if window is not None:
             queries, keys, values = F.silu(queries), F.silu(keys), F.silu(values)
         queries, keys = self.features(queries) * self.key_dim**-0.5, self.features(keys)
         if self.normalize:
             values = F.pad(values, (0, 1), value=1.0)
-        outputs, memory = linear_attention(queries, keys, values, None, state.memory, reset=reset)
+        keys = cleared(keys, padding(lengths, x.shape[1]))
+        outputs, memory = self.scan(queries, keys, values, None, state.memory, reset=reset)
         if self.normalize:
             outputs = outputs[..., :-1] / (outputs[..., -1:] + self.eps)
-        return self.read_out(outputs, x), MatrixState(memory, window)
+        return outputs, MatrixState(memory, window)

@@ -67,6 +67,9 @@ class Mamba2(Mixer):
         self.norm_weight = nn.Parameter(torch.ones(inner))
         self.to_output = nn.Linear(inner, d_model, bias=False)
 
+    scan = staticmethod(linear_attention)
+    """The engine. An instance may be given another one with the same arguments."""
+
     def initial_state(self, batch_size: int) -> MatrixState:
         """Zeros."""
         memory = self.zeros(batch_size, self.heads, self.state_dim, self.head_dim)
@@ -79,7 +82,7 @@ class Mamba2(Mixer):
         values, keys, queries = F.silu(mixed).split(self.inner_widths, dim=-1)
         values = values.unflatten(-1, (self.heads, -1))
         steps = softplus_steps(raw_steps, self.step_bias)
-        outputs, memory = linear_attention(
+        outputs, memory = self.scan(
             self._per_head(queries),
             self._per_head(keys),
             values * steps.unsqueeze(-1),

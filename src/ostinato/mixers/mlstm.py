@@ -95,6 +95,9 @@ class MLSTM(Mixer):
         with torch.no_grad():
             self.to_forget.bias.copy_(torch.linspace(3, 6, heads))
 
+    scan = staticmethod(linear_attention)
+    """The engine of the sigmoid gate. An instance may be given another one with the same arguments."""
+
     def initial_state(self, batch_size: int) -> ExponentialState | MatrixState:
         """Zeros; memory, normaliser and running maximum, or with the sigmoid gate the memory alone."""
         shape = (batch_size, self.heads, self.key_dim)
@@ -132,7 +135,7 @@ class MLSTM(Mixer):
         keys = keys * torch.sigmoid(raw_input).unsqueeze(-1)
         if self.normalize:
             values = F.pad(values, (0, 1), value=1.0)
-        hidden, memory = linear_attention(queries, keys, values, log_forget, state.memory, reset=reset)
+        hidden, memory = self.scan(queries, keys, values, log_forget, state.memory, reset=reset)
         if self.normalize:
             hidden = hidden[..., :-1] / (hidden[..., -1:].abs().clamp(min=1) + self.eps)
         return hidden, MatrixState(memory, None)

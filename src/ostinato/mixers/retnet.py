@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ostinato.layers.rotary import check_rotary_dim, positions, rotate
 from ostinato.mixers.base import Traits
-from ostinato.mixers.heads import KeyValueMixer
-from ostinato.ops.linear_attention import linear_attention
+from ostinato.mixers.heads import KeyValueMixer, cleared, padding
 
 
 class RetNetState(NamedTuple):
@@ -61,12 +60,17 @@ class RetNet(KeyValueMixer):
         memory = self.zeros(batch_size, self.heads, self.key_dim, self.value_dim)
         return RetNetState(memory, self.zeros(batch_size, dtype=torch.int64))
 
-    def mix(self, x: Tensor, state: RetNetState, reset: Tensor | None) -> tuple[Tensor, RetNetState]:
-        """The recurrence, over the whole sequence."""
+    def remember(
+        self, x: Tensor, state: RetNetState, reset: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, RetNetState]:
+        """What is read from the memory at every step."""
         queries, keys, values, _ = self.project(x, None, reset)
         place, following = positions(state.position, x.shape[1], reset)
+        if lengths is not None:
+            following = torch.cat([state.position.unsqueeze(1), place + 1], dim=1).gather(1, lengths.unsqueeze(1))[:, 0]
+        padded = padding(lengths, x.shape[1])
         queries = rotate(queries, place, self.base) * self.key_dim**-0.5
-        keys = rotate(keys, place, self.base)
-        log_decay = self.log_decay().expand(*x.shape[:2], -1)
-        outputs, memory = linear_attention(queries, keys, values, log_decay, state.memory, reset=reset)
-        return self.read_out(outputs, x), RetNetState(memory, following)
+        keys = cleared(rotate(keys, place, self.base), padded)
+        log_decay = cleared(self.log_decay().expand(*x.shape[:2], -1), padded)
+        outputs, memory = self.scan(queries, keys, values, log_decay, state.memory, reset=reset)
+        return outputs, RetNetState(memory, following)
