@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ostinato.errors import ConfigurationError
-from ostinato.tasks.arithmetic import ModularArithmetic, Parity
+from ostinato.tasks.arithmetic import ModularArithmetic, ModularCounting, Parity
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -23,6 +23,27 @@ def test_parity_against_counting(dense: bool) -> None:
             if inside:
                 assert targets[position] == 1 + sum(bit == 2 for bit in bits[:position]) % 2
     assert lengths == set(range(1, 10))
+
+
+@pytest.mark.parametrize("modulus", [2, 3, 7])
+def test_modular_counting_against_counting(modulus: int) -> None:
+    task = ModularCounting(modulus=modulus, max_length=20)
+    batch = task.train_batch(0, 64, seed=0)
+    answers = set()
+    for tokens, targets, mask in zip(*(part.tolist() for part in batch[:3]), strict=True):
+        for position in range(1, 21):
+            assert mask[position] == (tokens[position] > 0)
+            if mask[position]:
+                assert targets[position] == 1 + sum(token == 2 for token in tokens[: position + 1]) % modulus
+                answers.add(targets[position])
+    assert answers == set(range(1, modulus + 1)) and task.vocab_size == 1 + max(modulus, 2)
+    if modulus == 2:
+        assert torch.equal(batch.targets, Parity(max_length=20).train_batch(0, 64, seed=0).targets)
+
+
+def test_modular_counting_needs_a_modulus() -> None:
+    with pytest.raises(ConfigurationError, match="at least 2"):
+        ModularCounting(modulus=1)
 
 
 def test_parity_test_lengths() -> None:

@@ -30,6 +30,13 @@ def test_the_permuted_order_moves_every_image_alike() -> None:
     assert rows.mask.sum(1).eq(1).all() and rows.mask[:, -1].all()
 
 
+def test_lines_are_the_rows_of_the_image() -> None:
+    rows, lines = (Digits(order=order).train_batch(0, 40, seed=0) for order in ("rows", "lines"))
+    assert lines.inputs.shape == (40, 8, 8) and lines.mask.sum(1).eq(1).all() and lines.mask[:, -1].all()
+    assert torch.equal(lines.inputs.flatten(1), rows.inputs.flatten(1))
+    assert torch.equal(lines.targets[:, -1], rows.targets[:, -1]) and Digits(order="lines").vocab_size == 8
+
+
 def test_every_image_once_before_any_again() -> None:
     task = Digits()
     epoch = torch.cat([task.train_batch(step, 479, seed=3).inputs[..., 0] for step in range(3)])

@@ -12,7 +12,9 @@ from ostinato.tasks.groups import WordProblem, group_table
 @pytest.mark.parametrize(
     ("name", "order", "abelian"),
     [("Z7", 7, True), ("S3", 6, False), ("S4", 24, False), ("A4", 12, False), ("A5", 60, False), ("S5", 120, False),
-     ("Z2xZ3", 6, True), ("Z2xS3", 12, False)],
+     ("Z2xZ3", 6, True), ("Z2xS3", 12, False), ("D4", 8, False), ("D7", 14, False), ("D2", 4, True), ("Q8", 8, False),
+     ("Q8xZ3", 24, False), ("(1 2 3)(4 5), (1 2)", 12, False), ("(1 2 3 4 5), (2 3 5 4)", 20, False),
+     ("(7 9)", 2, True)],
 )  # fmt: skip
 def test_tables_are_groups(name: str, order: int, abelian: bool) -> None:
     table = group_table(name)
@@ -44,6 +46,34 @@ def test_alternating_group_is_even() -> None:
     assert sorted(orders) == [1] + [2] * 3 + [3] * 8
 
 
+def _orders(name: str) -> list[int]:
+    """The order of every element: how often it goes into the identity."""
+    table = group_table(name)
+    found = []
+    for element in range(len(table)):
+        power, count = element, 1
+        while power:
+            power, count = table[power, element], count + 1
+        found.append(count)
+    return sorted(found)
+
+
+def test_groups_of_equal_order_are_told_apart() -> None:
+    assert _orders("Q8") == [1, 2, 4, 4, 4, 4, 4, 4]
+    assert _orders("D4") == [1, 2, 2, 2, 2, 2, 4, 4]
+    assert _orders("Z2xZ2xZ2") == [1, *[2] * 7]
+
+
+def test_generators_give_the_named_groups() -> None:
+    assert _orders("(1 2 3 4 5), (1 2)") == _orders("S5")
+    assert _orders("(1 2 3), (3 4 5)") == _orders("A5")
+    assert _orders("(1 2 3 4), (1 3)") == _orders("D4")
+    # What is not named stays; names are not counted from 0, and need not be consecutive.
+    assert _orders("(10 30)(20 40), (10 20)(30 40)") == _orders("Z2xZ2")
+    # Z7 extended by Z3, the smallest group of odd order that is not abelian.
+    assert len(_orders("(1 2 3 4 5 6 7), (2 3 5)(4 7 6)")) == 21
+
+
 def test_word_problem_against_composing_permutations() -> None:
     elements = list(permutations(range(5)))
     batch = WordProblem(group="S5", length=6).train_batch(0, 32, seed=0)
@@ -63,7 +93,10 @@ def test_cyclic_word_problem_is_addition() -> None:
     assert ((batch.inputs[:, 1:] - 1).cumsum(1) % 5 + 1 == batch.targets[:, 1:]).all()
 
 
-@pytest.mark.parametrize("name", ["Q8", "S7", "Z0", "Z2000", "s3", "S6xS3", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["Q6", "D600", "(1 2", "(1 2)(2 3)", "(1 2), x", "(1 2 3 4 5 6 7), (1 2)", "S7", "Z0", "Z2000", "s3", "S6xS3", ""],
+)
 def test_unknown_groups(name: str) -> None:
     with pytest.raises(ConfigurationError):
         group_table(name)

@@ -1,8 +1,10 @@
-"""Counting: parity, and arithmetic modulo a number (Grazzi et al. 2024, arXiv 2411.12537, formal languages).
+"""Counting: parity, ones modulo a number, and arithmetic modulo a number.
 
-Both need a transition with a negative (or complex) eigenvalue to be solved at every length, so both train on
-short sequences and are tested on longer ones. Token 0 begins every sequence, which gives a recurrence from the
+All need a transition with a negative (or complex) eigenvalue to be solved at every length, so all train on short
+sequences and are tested on longer ones. Token 0 begins every sequence, which gives a recurrence from the
 zero state its first write, and pads the end.
+
+Source: Grazzi et al. 2024 (arXiv 2411.12537), formal languages.
 """
 
 from __future__ import annotations
@@ -39,6 +41,37 @@ class Parity(PrefixLanguage):
     def answers(self, word: np.ndarray) -> np.ndarray:
         """The number of ones so far, mod 2."""
         return word.cumsum(1) % 2
+
+
+@dataclass
+class ModularCounting(PrefixLanguage):
+    """How many ones so far, modulo a number? `modulus` 2 is parity.
+
+    Tokens: 0 begins and pads, 1 is a zero, 2 is a one; bits are uniform. The answer at a position is
+    1 + (number of 2s so far mod modulus).
+    """
+
+    name: ClassVar[str] = "modular_counting"
+
+    modulus: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.modulus >= 2, f"modulus must be at least 2, got {self.modulus}")
+
+    @property
+    def vocab_size(self) -> int:
+        """1 + modulus: an answer needs as many tokens."""
+        return 1 + self.modulus
+
+    @property
+    def chance(self) -> float:
+        """1 / modulus."""
+        return 1 / self.modulus
+
+    def answers(self, word: np.ndarray) -> np.ndarray:
+        """The number of ones so far, mod the modulus."""
+        return word.cumsum(1) % self.modulus
 
 
 @dataclass

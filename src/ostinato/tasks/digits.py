@@ -1,4 +1,4 @@
-"""Handwritten digits, pixel by pixel: an image of 8 × 8 as a sequence of 64 numbers; which digit was it?
+"""Handwritten digits: an image of 8 × 8 as a sequence of 64 numbers, or of 8 lines; which digit was it?
 
 The 1797 images are those that scikit-learn carries (test part of the UCI set of Alpaydin and Kaynak). Their file is
 read where the package keeps it; the package itself is not imported.
@@ -20,7 +20,7 @@ import torch
 from ostinato.errors import DataError
 from ostinato.tasks.base import _TRAIN, Batch, Metrics, Task, require
 
-ORDERS = ("rows", "permuted")
+ORDERS = ("rows", "permuted", "lines")
 
 
 @functools.cache
@@ -40,10 +40,11 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(kw_only=True)
 class Digits(Task):
-    """One pixel a step, scaled to [−1, 1]; only the last step is scored. No token ids: it `reads_vectors`.
+    """One pixel (or line) a step, scaled to [−1, 1]; only the last step is scored. No token ids: it `reads_vectors`.
 
     In the order "permuted", one fixed permutation of the 64 places is applied to every image, so that neighbours in
-    the image lie far apart. Training goes through the shuffled images again and again.
+    the image lie far apart. In the order "lines" a step is a whole row of the image, a vector of 8. Training goes
+    through the shuffled images again and again.
 
     Source: sequential and permuted MNIST (arXiv 1504.00941), on smaller images.
     """
@@ -52,7 +53,7 @@ class Digits(Task):
     reads_vectors: ClassVar[bool] = True
 
     order: str = "rows"
-    """"rows" or "permuted"."""
+    """"rows" (pixel by pixel, row after row), "permuted" (pixel by pixel) or "lines" (a row at a time)."""
     seed: int = 0
     """Seed of the split and of the permutation."""
     test_size: int = 360
@@ -64,8 +65,8 @@ class Digits(Task):
 
     @property
     def vocab_size(self) -> int:
-        """The width of a step: 1."""
-        return 1
+        """The width of a step: 1, or the 8 pixels of a line."""
+        return 8 if self.order == "lines" else 1
 
     @property
     def num_classes(self) -> int:
@@ -87,14 +88,14 @@ class Digits(Task):
             shuffled = np.random.default_rng([_TRAIN, seed, epoch]).permutation(count)
             here = places // count == epoch
             index[here] = shuffled[places[here] % count]
-        return _batch(pixels[index], digits[index])
+        return _batch(pixels[index], digits[index], self.vocab_size)
 
     def test_batches(self) -> Iterator[Batch]:
         """The images held out, in batches of at most 120."""
         pixels, digits = self._images()
         first = len(digits) - self.test_size
         for start in range(first, len(digits), 120):
-            yield _batch(pixels[start : start + 120], digits[start : start + 120])
+            yield _batch(pixels[start : start + 120], digits[start : start + 120], self.vocab_size)
 
     def baselines(self) -> Metrics:
         """Beside the constant answer: the digit of the nearest training image, and a linear map of the pixels (ridge).
@@ -121,13 +122,13 @@ class Digits(Task):
         rng = np.random.default_rng(self.seed)
         shuffled, places = rng.permutation(len(digits)), rng.permutation(pixels.shape[1])
         pixels = pixels[shuffled] / 8 - 1
-        return (pixels if self.order == "rows" else pixels[:, places]), digits[shuffled]
+        return (pixels[:, places] if self.order == "permuted" else pixels), digits[shuffled]
 
 
-def _batch(pixels: np.ndarray, digits: np.ndarray) -> Batch:
-    inputs = torch.from_numpy(pixels.astype(np.float32)).unsqueeze(-1)
-    targets = torch.zeros(pixels.shape, dtype=torch.long)
+def _batch(pixels: np.ndarray, digits: np.ndarray, width: int) -> Batch:
+    inputs = torch.from_numpy(pixels.astype(np.float32)).unflatten(1, (-1, width))
+    targets = torch.zeros(inputs.shape[:2], dtype=torch.long)
     targets[:, -1] = torch.from_numpy(digits)
-    mask = torch.zeros(pixels.shape, dtype=torch.bool)
+    mask = torch.zeros(inputs.shape[:2], dtype=torch.bool)
     mask[:, -1] = True
     return Batch(inputs, targets, mask)

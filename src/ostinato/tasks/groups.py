@@ -22,11 +22,17 @@ from ostinato.tasks.base import Batch, GeneratedTask, as_batch, require
 def group_table(name: str) -> np.ndarray:
     """The multiplication table of a group, `table[a, b]` = a∘b; element 0 is the identity.
 
-    Names: `S3` … `S6` (all permutations), `A4` … `A6` (the even ones), `Z7` (the integers mod 7), and direct products
-    such as `Z2xS3`. A product of permutations applies the right one first: (a∘b)(i) = a(b(i)).
+    Names: `S3` … `S6` (all permutations), `A4` … `A6` (the even ones), `Z7` (the integers mod 7), `D4` (the 8
+    symmetries of a square), `Q8` (the quaternions ±1, ±i, ±j, ±k), and direct products such as `Z2xS3`. Any other
+    finite group is one of permutations (Cayley), and is written by generators in cycles: "(1 2 3)(4 5), (1 2)".
+    A product of permutations applies the right one first: (a∘b)(i) = a(b(i)).
 
     Raises `ConfigurationError` for a name that is none of these or a group of over 1000 elements.
     """
+    if "(" in name:
+        table = _table_of(generated(_cycles(name)))
+        table.setflags(write=False)
+        return table
     factors = [_simple_table(part) for part in name.split("x")]
     table = factors[0]
     for other in factors[1:]:
@@ -38,17 +44,77 @@ def group_table(name: str) -> np.ndarray:
 
 
 def _simple_table(name: str) -> np.ndarray:
-    match = re.fullmatch(r"([SAZ])(\d+)", name)
-    if match is None or int(match[2]) < 1:
-        raise ConfigurationError(f"there is no group {name!r}; groups are S3, A5, Z7 and products such as Z2xS3")
+    match = re.fullmatch(r"([SAZDQ])(\d+)", name)
+    if match is None or int(match[2]) < 1 or (match[1] == "Q" and match[2] != "8"):
+        raise ConfigurationError(
+            f"there is no group {name!r}; groups are S3, A5, Z7, D4, Q8, products such as Z2xS3, and what permutations "
+            "generate, such as '(1 2 3)(4 5), (1 2)'"
+        )
     kind, n = match[1], int(match[2])
     if kind == "Z":
         require(n <= 1000, f"Z{n} has more than 1000 elements")
         return np.add.outer(np.arange(n), np.arange(n)) % n
+    if kind == "D":
+        require(2 * n <= 1000, f"D{n} has more than 1000 elements")
+        # Element s·n + r turns by r after reflecting s times: reflecting turns the turn around.
+        flip, turn = np.divmod(np.arange(2 * n), n)
+        product = (turn[:, None] + np.where(flip[:, None] == 1, -1, 1) * turn) % n
+        return ((flip[:, None] + flip) % 2) * n + product
+    if kind == "Q":
+        return _quaternions()
     require(n <= 6, f"{name} has more than 1000 elements")
-    elements = [p for p in permutations(range(n)) if kind == "S" or _is_even(p)]
+    return _table_of([p for p in permutations(range(n)) if kind == "S" or _is_even(p)])
+
+
+def _table_of(elements: list[tuple[int, ...]]) -> np.ndarray:
+    """The table of permutations that form a group, in their order."""
     number = {p: index for index, p in enumerate(elements)}
     return np.array([[number[tuple(a[i] for i in b)] for b in elements] for a in elements])
+
+
+def _quaternions() -> np.ndarray:
+    """Elements 2u + s: the unit u of 1, i, j, k, with the sign (−1)^s."""
+    # unit[a, b] and sign[a, b] of the product of the units a and b.
+    unit = np.array([[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])
+    sign = np.array([[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 0], [0, 0, 1, 1]])
+    u, s = np.divmod(np.arange(8), 2)
+    return 2 * unit[u[:, None], u] + (s[:, None] + s + sign[u[:, None], u]) % 2
+
+
+def _cycles(text: str) -> list[tuple[int, ...]]:
+    """Permutations in cycle notation, "(1 2 3)(4 5), (1 2)": what is not named stays."""
+    pattern = r"(\(\s*\d+(\s+\d+)*\s*\)\s*)+"
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if re.fullmatch(pattern, part) is None:
+            raise ConfigurationError(f"a permutation is written in cycles, such as (1 2 3)(4 5); got {part!r}")
+    names = sorted({int(number) for number in re.findall(r"\d+", text)})
+    place = {name: index for index, name in enumerate(names)}
+    found = []
+    for part in parts:
+        image = list(range(len(names)))
+        cycles = [[place[int(number)] for number in re.findall(r"\d+", c)] for c in re.findall(r"\(([^)]*)\)", part)]
+        moved = [i for cycle in cycles for i in cycle]
+        require(len(set(moved)) == len(moved), f"the cycles of one permutation share nothing; got {part!r}")
+        for cycle in cycles:
+            for here, there in zip(cycle, cycle[1:] + cycle[:1], strict=True):
+                image[here] = there
+        found.append(tuple(image))
+    return found
+
+
+def generated(generators: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """All products of some permutations, the identity first; raises `ConfigurationError` for over 1000 of them."""
+    identity = tuple(range(len(generators[0])))
+    found, known = [identity], {identity}
+    for element in found:  # grows while it is read
+        for generator in generators:
+            product = tuple(generator[i] for i in element)
+            if product not in known:
+                require(len(found) < 1000, "these permutations generate more than 1000 elements")
+                known.add(product)
+                found.append(product)
+    return found
 
 
 def _is_even(permutation: tuple[int, ...]) -> bool:

@@ -18,10 +18,11 @@ from ostinato.tasks.base import Batch, GeneratedTask, as_batch, require
 
 @dataclass
 class PrefixLanguage(GeneratedTask):
-    """Uniform symbols 0 … symbols − 1, written as tokens 1 …; each prefix has an answer.
+    """Random symbols 0 … symbols − 1, written as tokens 1 …; each prefix has an answer.
 
     With `dense` (the default) every position is scored, which states the same problem and is easier to optimise;
-    otherwise the last one only, as in the papers. Subclasses define `symbols`, `first_answer` and `answers`.
+    otherwise the last one only, as in the papers. Subclasses define `symbols`, `first_answer` and `answers`, and `draw`
+    where words are not uniform.
     """
 
     metric: ClassVar[str] = "scaled_accuracy"
@@ -48,6 +49,10 @@ class PrefixLanguage(GeneratedTask):
         """The token of answer 0."""
         return 1
 
+    def draw(self, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+        """Random words (rows, length) of the symbols: here uniform."""
+        return rng.integers(0, self.symbols, (rows, length))
+
     @abstractmethod
     def answers(self, word: np.ndarray) -> np.ndarray:
         """The answers, from 0, of every prefix of words (rows, length)."""
@@ -56,7 +61,7 @@ class PrefixLanguage(GeneratedTask):
         """Sequences of shape (rows, 1 + longest)."""
         longest = length or self.max_length
         lengths = rng.integers(self.min_length, self.max_length + 1, rows) if length is None else np.full(rows, length)
-        word = rng.integers(0, self.symbols, (rows, longest))
+        word = self.draw(rng, rows, longest)
         position = np.arange(1, longest + 1)
         inside = position <= lengths[:, None]
         scored = inside if self.dense else position == lengths[:, None]
