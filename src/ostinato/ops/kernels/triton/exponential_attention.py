@@ -24,11 +24,7 @@ from torch import Tensor
 
 import ostinato.ops.kernels.triton.exponential_attention_launch as launches
 from ostinato.ops.exponential_attention import ExponentialState
-from ostinato.ops.kernels.triton.exponential_attention_backward import (
-    key_gradients_kernel,
-    shares_kernel,
-    value_gradients_kernel,
-)
+from ostinato.ops.kernels.triton.exponential_attention_backward import chunk_gradients_kernel, shares_kernel
 from ostinato.ops.kernels.triton.exponential_attention_gates import gate_gradients_kernel
 from ostinato.ops.kernels.triton.exponential_attention_launch import WIDEST
 from ostinato.ops.kernels.triton.exponential_attention_memory import outputs_kernel
@@ -197,12 +193,12 @@ def _backward(
     rising, rising_sums, grad_initial, grad_initial_sum = launches.chunk_states(
         call, queries, grads, read, read_sum, gates.carried, later, reverse=True
     )
-    walk = launches.key_gradients_walk(call)
+    walk = launches.chunk_gradients_walk(call)
     of_keys, of_state = (call.length, walk.block_keys), (walk.block_keys, walk.block_values)
     grad_queries, grad_keys, grad_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
     inner = inverse.new_empty(5, call.rows, tokens)
     through = torch.empty_like(gates.carried)
-    key_gradients_kernel[(call.chunks, call.rows)](
+    chunk_gradients_kernel[(3, call.chunks, call.rows)](
         launches.sequence(queries, *of_keys),
         launches.sequence(keys, *of_keys),
         launches.sequence(values, *all_values),
@@ -223,6 +219,7 @@ def _backward(
         rising_sums,
         launches.sequence(grad_queries, *of_keys),
         launches.sequence(grad_keys, *of_keys),
+        launches.sequence(grad_values, *all_values),
         inner,
         through,
         call.heads,
@@ -236,56 +233,38 @@ def _backward(
         num_warps=walk.warps,
         **call.dimensions(),
     )
-    walk = launches.value_gradients_walk(call)
-    of_keys, of_values = (call.length, walk.block_keys), (call.length, walk.block_values)
-    value_gradients_kernel[(call.chunks, call.rows, -(-call.values // walk.block_values))](
-        launches.sequence(queries, *of_keys),
-        launches.sequence(keys, *of_keys),
-        launches.sequence(grads, *of_values),
-        gates.decayed,
-        gates.reach,
-        gates.source,
-        gates.leave,
-        gates.first_token,
-        inverse,
-        launches.described(rising, walk.block_keys, walk.block_values),
-        launches.sequence(grad_values, *of_values),
-        call.heads,
-        call.chunks,
-        HAS_RESET=reset is not None,
-        EXACT=call.exact,
-        BLOCK_KEYS=walk.block_keys,
-        BLOCK_VALUES=walk.block_values,
-        STAGES=walk.stages,
-        num_warps=walk.warps,
-        **call.dimensions(),
-    )
-
     grad_input, grad_forget = torch.empty_like(log_input), torch.empty_like(log_forget)
     grad_first = inverse.new_empty(call.batch, call.heads)
-    gate_gradients_kernel[(call.rows,)](
-        log_input,
-        log_forget,
-        reset,
-        maximum,
-        gates.maximum,
-        through,
-        inner,
-        by_maximum,
-        by_last,
-        grad_input,
-        grad_forget,
-        grad_first,
-        call.time,
-        call.heads,
-        call.chunks,
-        call.rows,
-        HAS_RESET=reset is not None,
-        HAS_INITIAL=maximum is not None,
-        HAS_LAST=by_last is not None,
-        LENGTH=call.length,
-        CHUNKS=min(16, power_of_two(call.chunks)),
-    )
+    blocks, chunks = launches.blocks_of_gates(call)
+    factor, added = inverse.new_empty(2, call.rows, blocks)
+    for summary in (True, False) if blocks > 1 else (False,):
+        gate_gradients_kernel[(call.rows, blocks)](
+            log_input,
+            log_forget,
+            reset,
+            maximum,
+            gates.maximum,
+            through,
+            inner,
+            by_maximum,
+            by_last,
+            grad_input,
+            grad_forget,
+            grad_first,
+            factor,
+            added,
+            call.time,
+            call.heads,
+            call.chunks,
+            call.rows,
+            SUMMARY=summary,
+            HAS_RESET=reset is not None,
+            HAS_INITIAL=maximum is not None,
+            HAS_LAST=by_last is not None,
+            LENGTH=call.length,
+            CHUNKS=chunks,
+            BLOCKS=power_of_two(blocks),
+        )
     if memory is not None and normalizer is not None:
         # The initial state is in units of exp of the initial maximum.
         grad_first += (memory * grad_initial).sum((-1, -2)) + (normalizer * grad_initial_sum).sum(-1)

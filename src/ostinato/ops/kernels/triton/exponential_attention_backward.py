@@ -65,47 +65,40 @@ def shares_kernel(
     tl.store(by_maximum + at, -along * eps * factor)
 
 
+@triton.jit
+def _by_scores(
+    values, grads, decayed, reach, source, first_token, inverse, delta, batch, head, token, begin,
+    HAS_RESET: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    LENGTH: tl.constexpr, BLOCK_VALUES: tl.constexpr,
+):  # fmt: skip
+    """g, v and dS of one chunk."""
+    at = begin + tl.arange(0, LENGTH)
+    g = load_tile(grads, batch, head, token, 0, LENGTH, BLOCK_VALUES)
+    v = load_tile(values, batch, head, token, 0, LENGTH, BLOCK_VALUES)
+    weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
+    weights *= tl.load(inverse + at)[:, None]
+    by_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION) - tl.load(delta + at)[:, None]
+    return g, v, (by_scores * weights).to(WIDE)
+
+
 @triton.jit(do_not_specialize=SIZES)
-def key_gradients_kernel(
-    queries,
-    keys,
-    values,
-    grads,
-    decayed,
-    reach,
-    source,
-    leave,
-    carried,
-    first_token,
-    inverse,
-    delta,
-    read,
-    read_sum,
-    states,
-    sums,
-    rising,
-    rising_sums,
-    grad_queries,
-    grad_keys,
-    inner,
-    through,
-    heads,
-    chunks,
-    rows,
-    KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
-    HAS_RESET: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_VALUES: tl.constexpr,
+def chunk_gradients_kernel(
+    queries, keys, values, grads,
+    decayed, reach, source, leave, carried, first_token, inverse, delta, read, read_sum,
+    states, sums, rising, rising_sums,
+    grad_queries, grad_keys, grad_values, inner, through,
+    heads, chunks, rows,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, HAS_RESET: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, LENGTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_VALUES: tl.constexpr,
     STAGES: tl.constexpr,
-):
-    """dq and dk of one chunk, a block of key channels after the other, and what `gate_gradients_kernel` needs of it."""
-    chunk = tl.program_id(0)
-    row = tl.program_id(1)
+):  # fmt: skip
+    """Three programs a chunk, for dq, dk and dv; they run side by side and find each other's loads in the cache.
+
+    Those of dq and dk also sum up what `gate_gradients_kernel` takes.
+    """
+    task = tl.program_id(0)
+    chunk = tl.program_id(1)
+    row = tl.program_id(2)
     batch = row // heads
     head = row % heads
     token = chunk * LENGTH
@@ -113,100 +106,70 @@ def key_gradients_kernel(
     begin = row.to(tl.int64) * chunks * LENGTH + token
     at = begin + place
     plane = rows.to(tl.int64) * chunks * LENGTH
-    sums += (row.to(tl.int64) * chunks + chunk) * KEYS
-    rising_sums += (row.to(tl.int64) * chunks + chunk) * KEYS
-    g = load_tile(grads, batch, head, token, 0, LENGTH, BLOCK_VALUES)
-    v = load_tile(values, batch, head, token, 0, LENGTH, BLOCK_VALUES)
-    weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
-    weights *= tl.load(inverse + at)[:, None]
-    by_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION) - tl.load(delta + at)[:, None]
-    rounded = (by_scores * weights).to(WIDE)
-    kept = tl.load(leave + at)
-    seen = tl.load(read + at)
-    seen_sum = tl.load(read_sum + at)
-    scores = tl.zeros([LENGTH, LENGTH], tl.float32)
-    into = tl.zeros([LENGTH], tl.float32)
-    out = tl.zeros([LENGTH], tl.float32)
-    over = 0.0
-    for key in tl.range(0, KEYS, BLOCK_KEYS, num_stages=STAGES):
-        channel = key + tl.arange(0, BLOCK_KEYS)
-        q = load_tile(queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
-        k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
-        c = load_tile(states, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
-        r = load_tile(rising, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
-        n = tl.load(sums + channel, mask=channel < KEYS, other=0.0)
-        rn = tl.load(rising_sums + channel, mask=channel < KEYS, other=0.0)
-        over += tl.sum(c.to(tl.float32) * r.to(tl.float32)) + tl.sum(n * rn)
-        scores = tl.dot(q, tl.trans(k), acc=scores, input_precision=PRECISION)
-
-        by_queries = tl.dot(g.to(WIDE), tl.trans(c), input_precision=PRECISION) * seen[:, None]
-        by_queries += seen_sum[:, None] * n[None, :]
-        into += tl.sum(q.to(tl.float32) * by_queries, axis=1)
-        by_queries = tl.dot(rounded, k.to(WIDE), acc=by_queries, input_precision=PRECISION)
-        store_tile(grad_queries, by_queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
-
-        by_keys = (tl.dot(v.to(WIDE), tl.trans(r), input_precision=PRECISION) + rn[None, :]) * kept[:, None]
-        out += tl.sum(k.to(tl.float32) * by_keys, axis=1)
-        by_keys = tl.dot(tl.trans(rounded), q.to(WIDE), acc=by_keys, input_precision=PRECISION)
-        store_tile(grad_keys, by_keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
-
-    pairs = scores * rounded.to(tl.float32)
-    strict = tl.where(place[:, None] > place[None, :], pairs, 0.0)
-    tl.store(inner + at, tl.sum(strict, axis=1))
-    tl.store(inner + plane + at, into)
-    tl.store(inner + 2 * plane + at, out)
-    tl.store(inner + 3 * plane + at, tl.sum(strict, axis=0))
-    tl.store(inner + 4 * plane + at, tl.sum(tl.where(place[:, None] == place[None, :], pairs, 0.0), axis=1))
-    tl.store(through + row * chunks + chunk, over * tl.load(carried + row * chunks + chunk))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def value_gradients_kernel(
-    queries,
-    keys,
-    grads,
-    decayed,
-    reach,
-    source,
-    leave,
-    first_token,
-    inverse,
-    rising,
-    grad_values,
-    heads,
-    chunks,
-    KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
-    HAS_RESET: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_VALUES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dv of one chunk and a block of value channels."""
-    chunk = tl.program_id(0)
-    row = tl.program_id(1)
-    value = tl.program_id(2) * BLOCK_VALUES
-    batch = row // heads
-    head = row % heads
-    token = chunk * LENGTH
-    begin = row.to(tl.int64) * chunks * LENGTH + token
-    at = begin + tl.arange(0, LENGTH)
-    scores = tl.zeros([LENGTH, LENGTH], tl.float32)
-    by_values = tl.zeros([LENGTH, BLOCK_VALUES], tl.float32)
-    for key in tl.range(0, KEYS, BLOCK_KEYS, num_stages=STAGES):
-        q = load_tile(queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
-        k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
-        r = load_tile(rising, row, chunk, key, value, BLOCK_KEYS, BLOCK_VALUES)
-        scores = tl.dot(q, tl.trans(k), acc=scores, input_precision=PRECISION)
-        by_values = tl.dot(k.to(WIDE), r, acc=by_values, input_precision=PRECISION)
-    g = load_tile(grads, batch, head, token, value, LENGTH, BLOCK_VALUES)
-    weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
-    weights *= tl.load(inverse + at)[:, None]
-    by_values *= tl.load(leave + at)[:, None]
-    rounded = tl.trans((scores * weights).to(WIDE))
-    by_values = tl.dot(rounded, g.to(WIDE), acc=by_values, input_precision=PRECISION)
-    store_tile(grad_values, by_values, batch, head, token, value, LENGTH, BLOCK_VALUES)
+    of_chunk = (row.to(tl.int64) * chunks + chunk) * KEYS
+    if task == 0:
+        g, v, by_scores = _by_scores(
+            values, grads, decayed, reach, source, first_token, inverse, delta, batch, head, token, begin,
+            HAS_RESET, EXACT, WIDE, PRECISION, LENGTH, BLOCK_VALUES,
+        )  # fmt: skip
+        seen = tl.load(read + at)
+        seen_sum = tl.load(read_sum + at)
+        into = tl.zeros([LENGTH], tl.float32)
+        for key in tl.range(0, KEYS, BLOCK_KEYS, num_stages=STAGES):
+            channel = key + tl.arange(0, BLOCK_KEYS)
+            c = load_tile(states, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
+            k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
+            q = load_tile(queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
+            n = tl.load(sums + of_chunk + channel, mask=channel < KEYS, other=0.0)
+            by_queries = tl.dot(g.to(WIDE), tl.trans(c), input_precision=PRECISION) * seen[:, None]
+            by_queries += seen_sum[:, None] * n[None, :]
+            into += tl.sum(q.to(tl.float32) * by_queries, axis=1)
+            by_queries = tl.dot(by_scores, k.to(WIDE), acc=by_queries, input_precision=PRECISION)
+            store_tile(grad_queries, by_queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
+        tl.store(inner + plane + at, into)
+    elif task == 1:
+        g, v, by_scores = _by_scores(
+            values, grads, decayed, reach, source, first_token, inverse, delta, batch, head, token, begin,
+            HAS_RESET, EXACT, WIDE, PRECISION, LENGTH, BLOCK_VALUES,
+        )  # fmt: skip
+        kept = tl.load(leave + at)
+        scores = tl.zeros([LENGTH, LENGTH], tl.float32)
+        out = tl.zeros([LENGTH], tl.float32)
+        over = 0.0
+        for key in tl.range(0, KEYS, BLOCK_KEYS, num_stages=STAGES):
+            channel = key + tl.arange(0, BLOCK_KEYS)
+            r = load_tile(rising, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
+            c = load_tile(states, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
+            k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
+            q = load_tile(queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
+            n = tl.load(sums + of_chunk + channel, mask=channel < KEYS, other=0.0)
+            rn = tl.load(rising_sums + of_chunk + channel, mask=channel < KEYS, other=0.0)
+            over += tl.sum(c.to(tl.float32) * r.to(tl.float32)) + tl.sum(n * rn)
+            scores = tl.dot(q, tl.trans(k), acc=scores, input_precision=PRECISION)
+            by_keys = (tl.dot(v.to(WIDE), tl.trans(r), input_precision=PRECISION) + rn[None, :]) * kept[:, None]
+            out += tl.sum(k.to(tl.float32) * by_keys, axis=1)
+            by_keys = tl.dot(tl.trans(by_scores), q.to(WIDE), acc=by_keys, input_precision=PRECISION)
+            store_tile(grad_keys, by_keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
+        pairs = scores * by_scores.to(tl.float32)
+        strict = tl.where(place[:, None] > place[None, :], pairs, 0.0)
+        tl.store(inner + at, tl.sum(strict, axis=1))
+        tl.store(inner + 2 * plane + at, out)
+        tl.store(inner + 3 * plane + at, tl.sum(strict, axis=0))
+        tl.store(inner + 4 * plane + at, tl.sum(tl.where(place[:, None] == place[None, :], pairs, 0.0), axis=1))
+        tl.store(through + row * chunks + chunk, over * tl.load(carried + row * chunks + chunk))
+    else:
+        scores = tl.zeros([LENGTH, LENGTH], tl.float32)
+        by_values = tl.zeros([LENGTH, BLOCK_VALUES], tl.float32)
+        for key in tl.range(0, KEYS, BLOCK_KEYS, num_stages=STAGES):
+            q = load_tile(queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
+            k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
+            r = load_tile(rising, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
+            scores = tl.dot(q, tl.trans(k), acc=scores, input_precision=PRECISION)
+            by_values = tl.dot(k.to(WIDE), r, acc=by_values, input_precision=PRECISION)
+        g = load_tile(grads, batch, head, token, 0, LENGTH, BLOCK_VALUES)
+        weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
+        weights *= tl.load(inverse + at)[:, None]
+        by_values *= tl.load(leave + at)[:, None]
+        rounded = tl.trans((scores * weights).to(WIDE))
+        by_values = tl.dot(rounded, g.to(WIDE), acc=by_values, input_precision=PRECISION)
+        store_tile(grad_values, by_values, batch, head, token, 0, LENGTH, BLOCK_VALUES)

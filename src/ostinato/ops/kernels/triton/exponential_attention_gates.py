@@ -58,60 +58,87 @@ def gates_kernel(
     maximum,
     first_token,
     last_maximum,
+    block_added,
+    block_least,
     time,
     heads,
     chunks,
+    SUMMARY: tl.constexpr,
     HAS_RESET: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     EXACT: tl.constexpr,
     LENGTH: tl.constexpr,
     CHUNKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """One (batch, head); `CHUNKS` chunks at a time. `maximum` is float64; the rest as in the file's head."""
+    """A block of `CHUNKS` chunks of one (batch, head). `maximum` is float64; the rest as in the file's head.
+
+    With `SUMMARY`, only the map m → max(m + added, least) that the block is; the others then take what enters their
+    block from the maps of those before (`BLOCKS`, a power of two, is no less than there are blocks).
+    """
     LOG2_E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0)
     batch = row // heads
     head = row % heads
     own = row.to(tl.int64) * chunks * LENGTH
     tokens = batch.to(tl.int64) * time
-    closed_state = tl.zeros([1], tl.float64) - float("inf")
-    running = tl.zeros([1], tl.float64)
-    if HAS_INITIAL:
-        running += tl.load(initial + row).to(tl.float64)
     place = tl.arange(0, LENGTH)[None, :]
     chunk_place = tl.arange(0, CHUNKS)
-    for first in range(0, chunks, CHUNKS):
-        chunk = first + chunk_place
-        token = chunk[:, None] * LENGTH + place
-        inside = token < time
-        where = (tokens + token) * heads + head
-        written = tl.load(log_input + where, mask=inside, other=float("-inf")).to(tl.float64)
-        forget = tl.load(log_forget + where, mask=inside, other=0.0).to(tl.float64)
-        least = written
-        if HAS_RESET:
-            new = tl.load(reset + tokens + token, mask=inside, other=0).to(tl.int32)
-            least = tl.where(new > 0, tl.maximum(forget, written), written)
-            forget = tl.where(new > 0, 0.0, forget)
-        total = tl.sum(forget, axis=1)
-        forget = tl.cumsum(forget, axis=1)
-        level = least - forget
-        if HAS_RESET:
-            begun = tl.associative_scan(tl.where(new > 0, place + 1, 0), 1, _maximum)
-            seen, level = tl.associative_scan((new, level), 1, _maximum_since_reset)
-            resets = tl.max(seen, axis=1)
-            last_begun = tl.max(begun, axis=1)
-        else:
-            level = tl.associative_scan(level, 1, _maximum)
-        top = tl.max(tl.where(place == LENGTH - 1, level, float("-inf")), axis=1)
-        added = total
-        if HAS_RESET:
-            added = tl.where(resets > 0, float("-inf"), total)
-        sums, leasts = tl.associative_scan((added, total + top), 0, _max_plus)
+    block = tl.program_id(1)
+    first = block * CHUNKS
+    chunk = first + chunk_place
+    token = chunk[:, None] * LENGTH + place
+    inside = token < time
+    where = (tokens + token) * heads + head
+    written = tl.load(log_input + where, mask=inside, other=float("-inf")).to(tl.float64)
+    forget = tl.load(log_forget + where, mask=inside, other=0.0).to(tl.float64)
+    least = written
+    if HAS_RESET:
+        new = tl.load(reset + tokens + token, mask=inside, other=0).to(tl.int32)
+        least = tl.where(new > 0, tl.maximum(forget, written), written)
+        forget = tl.where(new > 0, 0.0, forget)
+    total = tl.sum(forget, axis=1)
+    forget = tl.cumsum(forget, axis=1)
+    level = least - forget
+    if HAS_RESET:
+        begun = tl.associative_scan(tl.where(new > 0, place + 1, 0), 1, _maximum)
+        seen, level = tl.associative_scan((new, level), 1, _maximum_since_reset)
+        resets = tl.max(seen, axis=1)
+        last_begun = tl.max(begun, axis=1)
+    else:
+        level = tl.associative_scan(level, 1, _maximum)
+    top = tl.max(tl.where(place == LENGTH - 1, level, float("-inf")), axis=1)
+    added = total
+    if HAS_RESET:
+        added = tl.where(resets > 0, float("-inf"), total)
+    sums, leasts = tl.associative_scan((added, total + top), 0, _max_plus)
+    if SUMMARY:
+        at_end = chunk_place == CHUNKS - 1
+        here = row * tl.num_programs(1) + block
+        tl.store(block_added + here, tl.max(tl.where(at_end, sums, float("-inf"))))
+        tl.store(block_least + here, tl.max(tl.where(at_end, leasts, float("-inf"))))
+    else:
+        running = tl.zeros([1], tl.float64)
+        if HAS_INITIAL:
+            running += tl.load(initial + row).to(tl.float64)
+        if BLOCKS > 1:
+            earlier_block = tl.arange(0, BLOCKS)
+            known = row * tl.num_programs(1) + earlier_block
+            before_added, before_least = tl.associative_scan(
+                (
+                    tl.load(block_added + known, mask=earlier_block < block, other=0.0),
+                    tl.load(block_least + known, mask=earlier_block < block, other=float("-inf")),
+                ),
+                0,
+                _max_plus,
+            )
+            all_of_them = earlier_block == BLOCKS - 1
+            before_added = tl.max(tl.where(all_of_them, before_added, float("-inf")))
+            running = tl.maximum(running + before_added, tl.max(tl.where(all_of_them, before_least, float("-inf"))))
         leaving = tl.maximum(running + sums, leasts)
         earlier = chunk_place[:, None] - 1 == chunk_place[None, :]
         entering = tl.max(tl.where(earlier, leaving[None, :], float("-inf")), axis=1)
         entering = tl.where(chunk_place == 0, running, entering)
-        running = tl.max(tl.where(chunk_place == CHUNKS - 1, leaving, closed_state), axis=0, keep_dims=True)
 
         past = tl.maximum(entering[:, None], level)
         if HAS_RESET:
@@ -138,7 +165,8 @@ def gates_kernel(
         tl.store(leave + own + token, kept, mask=there)
         tl.store(maximum + own + token, now, mask=there)
         tl.store(carried + row * chunks + chunk, through, mask=chunk < chunks)
-    tl.store(last_maximum + row + tl.arange(0, 1), running.to(tl.float32))
+        if first + CHUNKS >= chunks:
+            tl.store(last_maximum + row, tl.max(tl.where(chunk_place == CHUNKS - 1, leaving, float("-inf"))))
 
 
 @triton.jit
@@ -162,19 +190,25 @@ def gate_gradients_kernel(
     grad_input,
     grad_forget,
     grad_initial,
+    block_factor,
+    block_sum,
     time,
     heads,
     chunks,
     rows,
+    SUMMARY: tl.constexpr,
     HAS_RESET: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_LAST: tl.constexpr,
     LENGTH: tl.constexpr,
     CHUNKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """One (batch, head), from the last token to the first: gradients of both gates and of the initial maximum.
+    """A block of one (batch, head), from its last token to its first: gradients of both gates and the initial maximum.
 
-    With M_ts the gradient of log W_ts (see `key_gradients_kernel`), f_t is paid by all pairs s < t ≤ t': those within
+    Blocks count from the end, and take what enters them from summaries as in `gates_kernel`.
+
+    With M_ts the gradient of log W_ts (see `chunk_gradients_kernel`), f_t is paid by all pairs s < t ≤ t': those within
     the chunk (`inner` 0: Σ_s M_ts, less `inner` 3: Σ_t M_ts, both over s < t), from the entering state (`inner` 1),
     into the leaving one (`inner` 2) and through the chunk (`through`). i_s is paid by `inner` 2, 3 and M_ss, `inner` 4.
     No pair that is not paid for by a token is added and subtracted, but where it is as small as those that are: so
@@ -188,43 +222,62 @@ def gate_gradients_kernel(
     own = row * length
     plane = rows * length
     tokens = batch.to(tl.int64) * time
-    running = tl.zeros([1], tl.float32)
-    if HAS_LAST:
-        running += tl.load(by_last_maximum + row)
     start = tl.zeros([1], tl.float64)
     if HAS_INITIAL:
         start += tl.load(initial + row).to(tl.float64)
     place = LENGTH - 1 - tl.arange(0, LENGTH)[None, :]
     chunk_place = tl.arange(0, CHUNKS)
-    for done in range(0, chunks, CHUNKS):
-        chunk = chunks - 1 - done - chunk_place
-        token = chunk[:, None] * LENGTH + place
-        inside = (token >= 0) & (token < time)
-        where = (tokens + token) * heads + head
-        written = tl.load(log_input + where, mask=inside, other=0.0).to(tl.float64)
-        forget = tl.load(log_forget + where, mask=inside, other=0.0).to(tl.float64)
-        before = tl.load(maximum + own + token - 1, mask=inside & (token > 0), other=0.0)
-        before = tl.where(token == 0, start[:, None], before)
-        # The token after this one, whose maximum may go on from this one's.
-        followed = inside & (token + 1 < time)
-        next_input = tl.load(log_input + where + heads, mask=followed, other=0.0).to(tl.float64)
-        next_forget = tl.load(log_forget + where + heads, mask=followed, other=0.0).to(tl.float64)
-        now = tl.load(maximum + own + token, mask=inside, other=0.0)
-        passed = _taken(now, next_forget, next_input)
-        if HAS_RESET:
-            new = tl.load(reset + tokens + token, mask=inside, other=0).to(tl.int32)
-            before = tl.where(new > 0, 0.0, before)
-            passed = tl.where(tl.load(reset + tokens + token + 1, mask=followed, other=0).to(tl.int32) > 0, 0.0, passed)
-        passed = tl.where(followed, passed, 1.0).to(tl.float32)
-        taken = _taken(before, forget, written).to(tl.float32)
-        paid = tl.load(by_maximum + own + token, mask=inside, other=0.0)
-        factors, sums = tl.associative_scan(
-            (tl.reshape(passed, [CHUNKS * LENGTH]), tl.reshape(paid, [CHUNKS * LENGTH])), 0, _affine
-        )
-        flat = factors * running + sums
-        running = tl.sum(tl.where(tl.arange(0, CHUNKS * LENGTH) == CHUNKS * LENGTH - 1, flat, 0.0), keep_dims=True)
-        of_maximum = tl.reshape(flat, [CHUNKS, LENGTH])
-
+    block = tl.program_id(1)
+    done = block * CHUNKS
+    chunk = chunks - 1 - done - chunk_place
+    token = chunk[:, None] * LENGTH + place
+    inside = (token >= 0) & (token < time)
+    where = (tokens + token) * heads + head
+    written = tl.load(log_input + where, mask=inside, other=0.0).to(tl.float64)
+    forget = tl.load(log_forget + where, mask=inside, other=0.0).to(tl.float64)
+    before = tl.load(maximum + own + token - 1, mask=inside & (token > 0), other=0.0)
+    before = tl.where(token == 0, start[:, None], before)
+    # The token after this one, whose maximum may go on from this one's.
+    followed = inside & (token + 1 < time)
+    next_input = tl.load(log_input + where + heads, mask=followed, other=0.0).to(tl.float64)
+    next_forget = tl.load(log_forget + where + heads, mask=followed, other=0.0).to(tl.float64)
+    now = tl.load(maximum + own + token, mask=inside, other=0.0)
+    passed = _taken(now, next_forget, next_input)
+    if HAS_RESET:
+        new = tl.load(reset + tokens + token, mask=inside, other=0).to(tl.int32)
+        before = tl.where(new > 0, 0.0, before)
+        passed = tl.where(tl.load(reset + tokens + token + 1, mask=followed, other=0).to(tl.int32) > 0, 0.0, passed)
+    passed = tl.where(followed, passed, 1.0).to(tl.float32)
+    taken = _taken(before, forget, written).to(tl.float32)
+    paid = tl.load(by_maximum + own + token, mask=inside, other=0.0)
+    factors, sums = tl.associative_scan(
+        (tl.reshape(passed, [CHUNKS * LENGTH]), tl.reshape(paid, [CHUNKS * LENGTH])), 0, _affine
+    )
+    flat_place = tl.arange(0, CHUNKS * LENGTH)
+    if SUMMARY:
+        here = row * tl.num_programs(1) + block
+        at_end = flat_place == CHUNKS * LENGTH - 1
+        tl.store(block_factor + here, tl.sum(tl.where(at_end, factors, 0.0)))
+        tl.store(block_sum + here, tl.sum(tl.where(at_end, sums, 0.0)))
+    else:
+        running = 0.0
+        if HAS_LAST:
+            running += tl.load(by_last_maximum + row)
+        if BLOCKS > 1:
+            later_block = tl.arange(0, BLOCKS)
+            known = row * tl.num_programs(1) + later_block
+            later_factor, later_sum = tl.associative_scan(
+                (
+                    tl.load(block_factor + known, mask=later_block < block, other=1.0),
+                    tl.load(block_sum + known, mask=later_block < block, other=0.0),
+                ),
+                0,
+                _affine,
+            )
+            all_of_them = later_block == BLOCKS - 1
+            running *= tl.sum(tl.where(all_of_them, later_factor, 0.0))
+            running += tl.sum(tl.where(all_of_them, later_sum, 0.0))
+        of_maximum = tl.reshape(factors * running + sums, [CHUNKS, LENGTH])
         at = inner + own + token
         ended = tl.load(at, mask=inside, other=0.0)
         entering = tl.load(at + plane, mask=inside, other=0.0)

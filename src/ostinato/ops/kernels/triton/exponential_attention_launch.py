@@ -104,18 +104,11 @@ def states_walk(call: Call) -> Walk:
     return Walk(keys, values, 4, 2, *call.cut(programs, call.processors * 2))
 
 
-def key_gradients_walk(call: Call) -> Walk:
-    """Of `key_gradients_kernel`, whose segments are chunks."""
+def chunk_gradients_walk(call: Call) -> Walk:
+    """Of `chunk_gradients_kernel`, whose segments are chunks."""
     values = block(call.values, WIDEST)
     keys = block(call.keys, 32 if call.exact else 64)
-    return Walk(keys, values, 4 if values <= 128 else 8, 1, 1, call.chunks)
-
-
-def value_gradients_walk(call: Call) -> Walk:
-    """Of `value_gradients_kernel`, likewise."""
-    values = block(call.values, 32 if call.exact else 128)
-    keys = block(call.keys, 32 if call.exact else 64)
-    return Walk(keys, values, 4, 2, 1, call.chunks)
+    return Walk(keys, values, 4 if values <= 128 else 8, 1 if call.exact else 2, 1, call.chunks)
 
 
 def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -132,6 +125,12 @@ def whole(tensor: Tensor) -> Tensor:
     """The tensor, or its copy, contiguous and where the hardware can load it: at a multiple of 16 bytes."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def blocks_of_gates(call: Call) -> tuple[int, int]:
+    """How many blocks of how many chunks one program of the gates' kernels takes."""
+    chunks = min(16, power_of_two(call.chunks))
+    return -(-call.chunks // chunks), chunks
 
 
 class Gates(NamedTuple):
@@ -163,21 +162,28 @@ def gates(call: Call, log_input: Tensor, log_forget: Tensor, initial: Tensor | N
         per_token.new_empty(call.rows, 0 if reset is None else tokens, dtype=torch.int32),
         per_token.new_empty(call.batch, call.heads),
     )
-    gates_kernel[(call.rows,)](
-        log_input,
-        log_forget,
-        reset,
-        initial,
-        *gates,
-        call.time,
-        call.heads,
-        call.chunks,
-        HAS_RESET=reset is not None,
-        HAS_INITIAL=initial is not None,
-        EXACT=call.exact,
-        LENGTH=call.length,
-        CHUNKS=min(32, power_of_two(call.chunks)),
-    )
+    blocks, chunks = blocks_of_gates(call)
+    added, least = per_token.new_empty(2, call.rows, blocks, dtype=torch.float64)
+    for summary in (True, False) if blocks > 1 else (False,):
+        gates_kernel[(call.rows, blocks)](
+            log_input,
+            log_forget,
+            reset,
+            initial,
+            *gates,
+            added,
+            least,
+            call.time,
+            call.heads,
+            call.chunks,
+            SUMMARY=summary,
+            HAS_RESET=reset is not None,
+            HAS_INITIAL=initial is not None,
+            EXACT=call.exact,
+            LENGTH=call.length,
+            CHUNKS=chunks,
+            BLOCKS=power_of_two(blocks),
+        )
     return gates
 
 
