@@ -11,6 +11,7 @@ on a GPU a step is launched as one graph (`ostinato.training.recorded`). One mem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def fit_together(
     betas: tuple[float, float] = (0.9, 0.95),
     device: str | torch.device | None = None,
     max_skipped: int = 10,
+    added_loss: Callable[[nn.Module], AbstractContextManager[Callable[[], Tensor]]] | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Ensemble:
     """Train one model for each seed, all at once, by AdamW with warm-up and a cosine.
@@ -69,6 +71,8 @@ def fit_together(
         betas: of AdamW.
         device: where to train; None takes a GPU if there is one.
         max_skipped: a member's gradient that is not finite counts as zero; so many in a row are an error.
+        added_loss: a context around a member's forward pass; it gives a function whose value is added to what is
+            minimised, as `training.load_balance` does. The losses that are reported are the task's alone.
         say: told the losses ten times.
 
     Returns:
@@ -106,17 +110,19 @@ def fit_together(
     each = torch.zeros(len(seeds), dtype=torch.float64, device=device)
     finite = torch.ones(len(seeds), dtype=torch.bool, device=device)
 
-    def logits_of(parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        return functional_call(model, parameters, (tokens,))[0]
+    def logits_of(parameters: dict[str, Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with (added_loss or _nothing_added)(model) as term:
+            return functional_call(model, parameters, (tokens,))[0], term()
 
     def update() -> None:
         optimizer.zero_grad()
         if len(seeds) == 1:
-            logits = logits_of({name: value[0] for name, value in stacked.items()}, current.inputs[0]).unsqueeze(0)
+            logits, added = logits_of({name: value[0] for name, value in stacked.items()}, current.inputs[0])
+            logits = logits.unsqueeze(0)
         else:
-            logits = vmap(logits_of)(stacked, current.inputs)
+            logits, added = vmap(logits_of)(stacked, current.inputs)
         losses = torch.stack([task.loss(logits[member], _member(current, member)) for member in range(len(seeds))])
-        losses.sum().backward()
+        (losses.sum() + added.sum()).backward()
         each.copy_(losses.detach())
         finite.copy_(_clip_each(list(stacked.values()), clip))
         optimizer.step()
@@ -153,6 +159,10 @@ def fit_together(
             losses.append(each.tolist())
             say(f"step {step + 1} of {steps}, loss " + ", ".join(f"{loss:.4f}" for loss in losses[-1]))
     return Ensemble(model, {name: value.detach() for name, value in stacked.items()}, seeds, losses)
+
+
+def _nothing_added(model: nn.Module) -> AbstractContextManager[Callable[[], Tensor]]:
+    return nullcontext(lambda: next(model.parameters()).new_zeros(()))
 
 
 def _stacked(batches: list[Batch], device: torch.device) -> Batch:
