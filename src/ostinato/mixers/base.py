@@ -65,6 +65,10 @@ class Mixer(nn.Module):
     """Own parameters whose learning rate may not exceed the value (S4's A, B and Δ: 1e-3)."""
     needs: ClassVar[tuple[str, ...]] = ()
     """What `mix` takes by name besides x, of what a backbone is given: ("tokens",) for token ids, say."""
+    takes: ClassVar[tuple[str, ...]] = ()
+    """The same, of what it can do without."""
+    causal: ClassVar[bool] = True
+    """Whether a step sees nothing that comes after it (`ostinato.mixers.whole` has those for which this is not so)."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -97,7 +101,7 @@ class Mixer(nn.Module):
             x: the sequence.
             state: where to go on from; None starts anew.
             reset: True marks the first step of a new sequence: nothing from before it is seen.
-            context: what this mixer `needs` besides x; handed to `mix`.
+            context: what this mixer `needs` or `takes` besides x; handed to `mix`.
 
         Raises:
             ShapeError, DtypeError: x or reset does not fit.

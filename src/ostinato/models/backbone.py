@@ -38,7 +38,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: Any, reset: Tensor | None, context: dict[str, Any]
     ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
-        """The block's output and its mixer's state; the mixer is handed what it `needs` of the context."""
+        """The block's output and its mixer's state; the mixer is handed what it `needs` and `takes` of the context."""
         given = {}
         for name in self.mixer.needs:
             if name not in context:
@@ -47,6 +47,7 @@ class Block(nn.Module):
                     f"pass {name}=… to the backbone (it has {', '.join(context) or 'nothing'})"
                 )
             given[name] = context[name]
+        given |= {name: context[name] for name in self.mixer.takes if name in context}
         mixed, state = self.mixer(self.norm(x), state, reset=reset, **given)
         x = x + self.dropout(mixed)
         if self.channel_mixer is not None and self.channel_norm is not None:
@@ -133,7 +134,7 @@ class Backbone(nn.Module):
             state: where to go on from; None starts anew.
             reset: True marks the first step of a new sequence: nothing from before it is seen.
             context: what mixers may need besides x (token ids, say), each (batch, time, …). A mixer is
-                handed what it names in `needs`, the rest is ignored.
+                handed what it names in `needs` and `takes`, the rest is ignored.
 
         Raises:
             ShapeError, DtypeError: x or reset does not fit.

@@ -79,6 +79,8 @@ class LanguageModel(nn.Module):
             )
         self.embedding = nn.Embedding(self.vocab_size, d_model)
         self.backbone = Backbone(d_model, plan, depth, channel_mixer=channel_mixer, dropout=dropout)
+        if ahead := sorted({type(mixer).__name__ for mixer in self.backbone.mixers if not mixer.causal}):
+            raise ConfigurationError(f"a language model predicts what comes next, and {', '.join(ahead)} would see it")
         self.dropout = nn.Dropout(dropout)
         self.head = None if tie_embeddings else nn.Linear(d_model, self.vocab_size, bias=False)
         self.config: dict[str, Any] = {
@@ -111,6 +113,7 @@ class LanguageModel(nn.Module):
         state: LanguageState | None = None,
         *,
         reset: Bool[Tensor, "batch time"] | None = None,
+        **context: Any,
     ) -> tuple[Float[Tensor, "batch time vocab"], LanguageState]:
         """The logits of the token that follows each, and the state after the last.
 
@@ -118,13 +121,14 @@ class LanguageModel(nn.Module):
             tokens: ids, in [0, vocab_size).
             state: where to go on from; None starts anew.
             reset: True marks the first token of a new text: nothing from before it is seen.
+            context: what mixers take besides, as `prefix` (see `Backbone.forward`).
 
         Raises:
             ShapeError, DtypeError: tokens or reset does not fit.
             DataError: a token is not in the vocabulary (on the CPU; a GPU says so in its own way).
             StateError: the state is of another model or batch size.
         """
-        hidden, state = self._hidden(tokens, state, reset)
+        hidden, state = self._hidden(tokens, state, reset, **context)
         return self._logits(hidden), state
 
     def step(
@@ -135,7 +139,7 @@ class LanguageModel(nn.Module):
         return logits.squeeze(1), state
 
     def _hidden(
-        self, tokens: Tensor, state: LanguageState | None, reset: Tensor | None = None
+        self, tokens: Tensor, state: LanguageState | None, reset: Tensor | None = None, **context: Any
     ) -> tuple[Tensor, LanguageState]:
         if tokens.dtype not in (torch.long, torch.int):
             raise DtypeError(f"tokens must be integers (torch.long), got {tokens.dtype}")
@@ -144,7 +148,7 @@ class LanguageModel(nn.Module):
         if state is not None and not isinstance(state, LanguageState):
             raise StateError(f"the state of a language model is a LanguageState, got {type(state).__name__}")
         x = self.dropout(self._embedded(tokens))
-        y, layers = self.backbone(x, None if state is None else state.layers, reset=reset, tokens=tokens)
+        y, layers = self.backbone(x, None if state is None else state.layers, reset=reset, tokens=tokens, **context)
         # A copy: a view of the last step would keep the whole sequence in memory.
         return y, LanguageState(layers, y[:, -1].clone())
 

@@ -56,7 +56,11 @@ class TokenClassifier(nn.Module):
         state: Any = None,
         *,
         reset: Bool[Tensor, "batch time"] | None = None,
+        **context: Any,
     ) -> tuple[Float[Tensor, "batch time classes"], tuple[Any, ...]]:
-        """The logits of every position's label, and the state after the last."""
-        y, state = self.backbone(self.embedding(tokens), state, reset=reset, tokens=tokens)
+        """The logits of every position's label, and the state after the last.
+
+        `context` is what mixers take besides (see `Backbone.forward`).
+        """
+        y, state = self.backbone(self.embedding(tokens), state, reset=reset, tokens=tokens, **context)
         return self.head(y), state
