@@ -60,12 +60,13 @@ def chunk_sums(
     DECAY: tl.constexpr,
     RESET: tl.constexpr,
 ):
-    """In each chunk of ROWS steps, the cumulative sums of the log-decays, (batch, heads, time), and of the resets,
-    (batch, time).
+    """In each chunk of ROWS steps, the cumulative sums of the log-decays in powers of two, (batch, heads, time), and of
+    the resets, (batch, time); time filled up to whole chunks, where nothing decays.
 
     Differences of the sums are what is exponentiated. Where `sums` is float64, a weak decay after strong ones keeps
     float32's digits in them.
     """
+    padded = tl.num_programs(0) * ROWS
     start = tl.program_id(0).to(tl.int64) * ROWS
     batch = tl.program_id(1).to(tl.int64)
     step = start + tl.arange(0, ROWS)
@@ -73,14 +74,15 @@ def chunk_sums(
     if RESET:
         is_reset = tl.load(reset + batch * time + step, mask=step < time, other=0) != 0
         if tl.program_id(2) == 0:
-            tl.store(parts + batch * time + step, tl.cumsum(is_reset.to(tl.int32), axis=0), mask=step < time)
+            tl.store(parts + batch * padded + step, tl.cumsum(is_reset.to(tl.int32), axis=0))
     if DECAY:
         mask = (step < time)[:, None] & (head < heads)[None, :]
         g = tl.load(log_decay + (batch * time + step[:, None]) * heads + head[None, :], mask=mask, other=0.0)
-        g = tl.maximum(g.to(tl.float32), FORGETS).to(sums.dtype.element_ty)
+        g = tl.maximum(g.to(tl.float32), FORGETS).to(sums.dtype.element_ty) * 1.4426950408889634
         if RESET:
             g = tl.where(is_reset[:, None], 0.0, g)
-        tl.store(sums + (batch * heads + head[None, :]) * time + step[:, None], tl.cumsum(g, axis=0), mask=mask)
+        place = sums + (batch * heads + head[None, :]) * padded + step[:, None]
+        tl.store(place, tl.cumsum(g, axis=0), mask=(head < heads)[None, :])
 
 
 @triton.jit

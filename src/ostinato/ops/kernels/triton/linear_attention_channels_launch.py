@@ -1,6 +1,6 @@
 """Launches of `linear_attention` with one decay per key channel: what walks where, in how many segments.
 
-The kernels, and the mathematics, are in `linear_attention_channels`.
+The kernels, and the mathematics, are in `linear_attention_by_key` and `linear_attention_by_value`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import triton
 from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype
-from ostinato.ops.kernels.triton import linear_attention_channels as kernels
 from ostinato.ops.kernels.triton.launch import dot_precision, power_of_two
+from ostinato.ops.kernels.triton.linear_attention_by_key import by_key
+from ostinato.ops.kernels.triton.linear_attention_by_value import by_value
 from ostinato.ops.kernels.triton.linear_attention_heads import Plan, chunk_sums, enter, rowwise, segments, state_like
 
-MILD, MILD_FLOAT32 = 80.0, 16.0
-"""What a channel may forget in a chunk, as a log-decay, and be computed without halving: half of it, exponentiated, is
-to stay within the types' range, and its rounding within float32's error where that matters."""
+MILD, MILD_FLOAT32 = 112.0, 24.0
+"""What a channel may forget in a chunk, as a logarithm to base 2, and be computed without halving: half of it is to stay
+within the types' range when exponentiated, and its rounding within float32's error where that matters."""
 
 
 def plan_rows(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
@@ -64,7 +65,6 @@ class Walks(NamedTuple):
             "KEY_DIM": written.shape[-1],
             "VALUE_DIM": values.shape[-1],
             "ROWS": self.rows,
-            "LEVELS": self.rows.bit_length() - 1,
             "BK": max(16, power_of_two(written.shape[-1])),
             "BV": sizes.block,
             "REVERSE": self.reverse,
@@ -98,7 +98,7 @@ class Walks(NamedTuple):
         sizes = plan_by_key(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
         outputs = values.new_empty((0,) if kept is not None else values.shape)
         none = outputs
-        kernels.by_key[self._grid(values, sizes)](
+        by_key[self._grid(values, sizes)](
             readers,
             written,
             values,
@@ -110,6 +110,7 @@ class Walks(NamedTuple):
             none if last is None else last,
             none if kept is None else kept,
             values.shape[1],
+            triton.cdiv(values.shape[1], self.rows) * self.rows,
             values.shape[2],
             self.chunks,
             *readers.stride()[:3],
@@ -138,7 +139,7 @@ class Walks(NamedTuple):
         """Outputs. Forwards fills `products` and `last`; backwards reads `products` and `flow`, fills `gradient`."""
         sizes = plan_by_value(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
         outputs = torch.empty_like(values, memory_format=torch.contiguous_format)
-        kernels.by_value[self._grid(values, sizes)](
+        by_value[self._grid(values, sizes)](
             readers,
             written,
             values,
@@ -152,7 +153,9 @@ class Walks(NamedTuple):
             products if flow is None else flow,
             products if gradient is None else gradient,
             products if last is None else last,
+            readers[:, -1].contiguous(),
             values.shape[1],
+            triton.cdiv(values.shape[1], self.rows) * self.rows,
             values.shape[2],
             self.chunks,
             *readers.stride()[:3],

@@ -5,11 +5,14 @@ The kernels, and the mathematics, are in `linear_attention_walk`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.kernels.triton import chunk_parts
@@ -29,6 +32,8 @@ class Plan(NamedTuple):
     """Value channels of a program."""
     warps: int
     stages: int
+    copied: bool = False
+    """Tiles are moved by the card's copy engine, where it can."""
 
 
 def plan(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
@@ -72,6 +77,26 @@ def enter(added: Tensor, kept: Tensor, initial: Tensor | None, last: Tensor, rev
     return entering
 
 
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether the copy engine can read it as (batch, time, heads · dim)."""
+    batch, time, heads, dim = tensor.stride()
+    width, size = tensor.shape[-1], tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and batch * size % 16 == 0 and time * size % 16 == 0
+    return aligned and dim == 1 and heads == width and width >= 16 and width & (width - 1) == 0
+
+
+def _described(tensor: Tensor, columns: int, *, rows: int) -> TensorDescriptor:
+    batch, time, heads, dim = tensor.shape
+    return TensorDescriptor(tensor, [batch, time, heads * dim], [*tensor.stride()[:2], 1], [1, rows, columns])
+
+
+def _undescribed(tensor: Tensor, columns: int) -> Tensor:
+    return tensor
+
+
 def rowwise(tensor: Tensor) -> Tensor:
     """`tensor` with its last axis contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -112,22 +137,28 @@ class Walk(NamedTuple):
         if options:
             sizes = sizes._replace(**options)
         blocks, count = triton.cdiv(value_dim, sizes.block), triton.cdiv(time, self.chunks * self.rows)
-        outputs = values.new_empty(0 if kept is not None else (batch, time, heads, value_dim))
+        outputs = values.new_empty((1,) * 4 if kept is not None else (batch, time, heads, value_dim))
         products = values.new_empty(0 if beside is None else (blocks, batch, heads, time), dtype=torch.float32)
         none = outputs
+        copied = sizes.copied and all(_describable(tensor) for tensor in (readers, written, values, outputs))
+        describe = partial(_described, rows=self.rows) if copied else _undescribed
+        block_of_keys = max(16, power_of_two(key_dim))
+        last_reader = readers[:, -1].contiguous() if beside is not None and self.reverse else none
         kernels.walk[(blocks * batch * heads, count)](
-            readers,
-            written,
-            values,
-            none if beside is None else beside,
+            describe(readers, block_of_keys),
+            describe(written, block_of_keys),
+            describe(values, sizes.block),
+            describe(values if beside is None else beside, sizes.block),
             none if self.sums is None else self.sums,
             none if self.parts is None else self.parts,
             none if initial is None else initial,
-            outputs,
+            describe(outputs, sizes.block),
             products,
             none if last is None else last,
             none if kept is None else kept,
+            last_reader,
             time,
+            triton.cdiv(time, self.rows) * self.rows,
             heads,
             self.chunks,
             *readers.stride()[:3],
@@ -138,7 +169,7 @@ class Walk(NamedTuple):
             KEY_DIM=key_dim,
             VALUE_DIM=value_dim,
             ROWS=self.rows,
-            BK=max(16, power_of_two(key_dim)),
+            BK=block_of_keys,
             BV=sizes.block,
             REVERSE=self.reverse,
             DECAY=self.sums is not None,
@@ -148,6 +179,8 @@ class Walk(NamedTuple):
             OUTPUTS=kept is None,
             PRODUCTS=beside is not None,
             WIDE=values.dtype == torch.float16,
+            TYPE=_TYPES[values.dtype],
+            COPIED=copied,
             PRECISION=dot_precision(values.dtype),
             STAGES=sizes.stages,
             num_warps=sizes.warps,
@@ -169,17 +202,21 @@ class Walk(NamedTuple):
 def chunk_sums(
     log_decay: Tensor | None, reset: Tensor | None, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Cumulative sums, in chunks of `rows` steps, of log-decays (batch, heads, time) and of resets (batch, time)."""
+    """Cumulative sums, in chunks of `rows` steps, of log-decays (batch, heads, time) and of resets (batch, time).
+
+    The log-decays are to base 2, and time is filled up to whole chunks.
+    """
     some = reset if log_decay is None else log_decay
     if some is None:
         return None, None
     batch, time = some.shape[:2]
+    chunks = triton.cdiv(time, rows)
     heads = 1 if log_decay is None else log_decay.shape[2]
     width = min(16, power_of_two(heads))
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    sums = some.new_empty(0 if log_decay is None else (batch, heads, time), dtype=wide)
-    parts = some.new_empty(0 if reset is None else (batch, time), dtype=torch.int32)
-    chunk_parts.chunk_sums[(triton.cdiv(time, rows), batch, triton.cdiv(heads, width))](
+    sums = some.new_empty(0 if log_decay is None else (batch, heads, chunks * rows), dtype=wide)
+    parts = some.new_empty(0 if reset is None else (batch, chunks * rows), dtype=torch.int32)
+    chunk_parts.chunk_sums[(chunks, batch, triton.cdiv(heads, width))](
         sums if log_decay is None else log_decay.contiguous(),
         parts if reset is None else reset.contiguous(),
         sums,

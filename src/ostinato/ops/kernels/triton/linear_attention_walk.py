@@ -26,7 +26,6 @@ import triton.language as tl
 from ostinato.ops.kernels.triton.chunk_parts import (
     FORGETS,
     last_of,
-    load_steps,
     load_tile,
     store_tile,
 )
@@ -37,8 +36,30 @@ def state_block(first, BV: tl.constexpr, BK: tl.constexpr, by_key, by_value, key
     """Offsets of a block of a state that is held as (value, key), and which of them exist."""
     value = first + tl.arange(0, BV)
     key = tl.arange(0, BK)
-    inside = (value < value_dim)[:, None] & (key < key_dim)[None, :]
-    return value[:, None] * by_value + key[None, :] * by_key, inside
+    inside = (key < key_dim)[:, None] & (value < value_dim)[None, :]
+    return key[:, None] * by_key + value[None, :] * by_value, inside
+
+
+@triton.jit
+def _tile(
+    base,
+    start,
+    stride,
+    time,
+    column,
+    batch,
+    head,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COPIED: tl.constexpr,
+):
+    """A tile of a sequence, from a pointer to the head's first step, or (COPIED) from a descriptor of all."""
+    if COPIED:
+        at = [batch.to(tl.int32), start, (head * WIDTH).to(tl.int32) + column]
+        return base.load(at).reshape(ROWS, COLUMNS)
+    else:
+        return load_tile(base, start, stride, time, column, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -54,7 +75,9 @@ def walk(
     products,
     last,
     kept,
+    last_reader,
     time,
+    padded,
     heads,
     chunks,
     readers_batch,
@@ -84,6 +107,8 @@ def walk(
     OUTPUTS: tl.constexpr,
     PRODUCTS: tl.constexpr,
     WIDE: tl.constexpr,
+    TYPE: tl.constexpr,
+    COPIED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -95,125 +120,124 @@ def walk(
     """
     blocks = (VALUE_DIM + BV - 1) // BV
     segments = tl.num_programs(1)
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     block = program % blocks
-    sequence = program // blocks
-    segment = tl.program_id(1).to(tl.int64)
+    sequence = (program // blocks).to(tl.int64)
+    segment = tl.program_id(1)
     batch, head = sequence // heads, sequence % heads
-    first = (block * BV).to(tl.int32)
+    first = block * BV
 
-    readers += batch * readers_batch + head * readers_head
-    written += batch * written_batch + head * written_head
-    values += batch * values_batch + head * values_head
+    if not COPIED:
+        readers += batch * readers_batch + head * readers_head
+        written += batch * written_batch + head * written_head
+        values += batch * values_batch + head * values_head
+        outputs += (batch * time * heads + head) * VALUE_DIM
+        if PRODUCTS:
+            beside += batch * beside_batch + head * beside_head
     if PRODUCTS:
-        beside += batch * beside_batch + head * beside_head
         products += (block * (tl.num_programs(0) // blocks) + sequence) * time
-    sums += sequence * time
-    parts += batch * time
-    outputs += (batch * time * heads + head) * VALUE_DIM
+    sums += sequence * padded
+    parts += batch * padded
 
     place, inside = state_block(first, BV, BK, by_key, by_value, KEY_DIM, VALUE_DIM)
     place = (sequence * segments + segment) * (KEY_DIM * VALUE_DIM) + place
     if INITIAL:
         state = tl.load(initial + place, mask=inside, other=0.0).to(tl.float32)
     else:
-        state = tl.zeros([BV, BK], dtype=tl.float32)
-
+        state = tl.zeros([BK, BV], dtype=tl.float32)
     if PRODUCTS and REVERSE and INITIAL:
         # What the last step reads of the last state's gradient, in this program if it has that step.
-        key, final = tl.arange(0, BK), time - 1
-        has_end = (key < KEY_DIM) & (segment == segments - 1)
-        reader = tl.load(readers + final.to(tl.int64) * readers_time + key, mask=has_end, other=0.0)
-        read_of_end = tl.sum(state * reader.to(tl.float32)[None, :], axis=1)
+        read_of_end = tl.zeros([BV], dtype=tl.float32)
+        if segment == segments - 1:
+            key = tl.arange(0, BK)
+            at_last = last_reader + sequence * KEY_DIM
+            reader = tl.load(at_last + key, mask=key < KEY_DIM, other=0.0)
+            read_of_end = tl.sum(state * reader.to(tl.float32)[:, None], axis=0)
 
-    operand = values.dtype.element_ty
-    if WIDE:
-        operand = tl.float32
+    operand: tl.constexpr = tl.float32 if WIDE else TYPE
     step = tl.arange(0, ROWS)
     whole = tl.full([], 0.0, tl.float32)
-    count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks).to(tl.int32)
+    count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks)
     for index in tl.range(0, count, num_stages=STAGES):
         if REVERSE:
-            start = ((segment * chunks + count - 1 - index) * ROWS).to(tl.int32)
+            start = (segment * chunks + count - 1 - index) * ROWS
         else:
-            start = ((segment * chunks + index) * ROWS).to(tl.int32)
-        z = load_tile(written, start, written_time, time, 0, KEY_DIM, ROWS, BK)
-        u = load_tile(values, start, values_time, time, first, VALUE_DIM, ROWS, BV)
+            start = (segment * chunks + index) * ROWS
+        z = _tile(written, start, written_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
+        u = _tile(values, start, values_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
+        if OUTPUTS:
+            x = _tile(readers, start, readers_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
+        if PRODUCTS:
+            w = _tile(beside, start, beside_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
 
-        carry = 1.0
-        end = tl.minimum(start + ROWS, time) - 1
         if RESET:
-            part = load_steps(parts, start, 1, time, ROWS)
-            count_parts = tl.load(parts + end)
+            part = tl.load(parts + start + step)
+            count_parts = tl.load(parts + start + ROWS - 1)
             carry = tl.where(count_parts == 0, 1.0, 0.0)
             whole = tl.where(count_parts > 0, 2.0 * FORGETS, whole)
             entering = tl.where(part == 0, 1.0, 0.0)
-            leaving = tl.where((part == count_parts) | (start + step >= time), 1.0, 0.0)
+            leaving = tl.where(part == count_parts, 1.0, 0.0)
         else:
+            carry = 1.0
             entering, leaving = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], 1.0, tl.float32)
         if DECAY:
-            total = load_steps(sums, start, 1, time, ROWS)
-            whole_sum = tl.load(sums + end)
-            whole += whole_sum.to(tl.float32)
-            carry = carry * tl.exp(whole_sum.to(tl.float32))
-            entering = entering * tl.exp(total.to(tl.float32))
-            leaving = leaving * tl.exp(tl.minimum((whole_sum - total).to(tl.float32), 0.0))
+            total = tl.load(sums + start + step)
+            of_chunk = tl.load(sums + start + ROWS - 1)
+            whole += of_chunk.to(tl.float32)
+            carry = carry * tl.exp2(of_chunk.to(tl.float32))
+            entering = entering * tl.exp2(total.to(tl.float32))
+            leaving = leaving * tl.exp2((of_chunk - total).to(tl.float32))
+        if REVERSE:
+            entering, leaving = leaving, entering
 
         if OUTPUTS:
-            x = load_tile(readers, start, readers_time, time, 0, KEY_DIM, ROWS, BK)
-            scores = tl.dot(z, tl.trans(x), input_precision=PRECISION)
-            # Rows are what is written, columns what reads.
-            if REVERSE:
-                keep = step[:, None] >= step[None, :]
-            else:
-                keep = step[:, None] <= step[None, :]
+            scores = tl.dot(x, tl.trans(z), input_precision=PRECISION)
+            y = tl.dot(x.to(operand), state.to(operand), input_precision=PRECISION)
+            # Rows read, columns are what is written.
             if PRODUCTS:
-                own = tl.sum(tl.where(step[:, None] == step[None, :], scores, 0.0), axis=0)
-                keep = keep & (step[:, None] != step[None, :])
+                own = tl.sum(tl.where(step[:, None] == step[None, :], scores, 0.0), axis=1)
+                keep = step[:, None] < step[None, :] if REVERSE else step[:, None] > step[None, :]
+            else:
+                keep = step[:, None] <= step[None, :] if REVERSE else step[:, None] >= step[None, :]
             if RESET:
                 keep = keep & (part[:, None] == part[None, :])
             if DECAY:
                 if REVERSE:
-                    pairs = tl.minimum((total[:, None] - total[None, :]).to(tl.float32), 0.0)
+                    pairs = (total[None, :] - total[:, None]).to(tl.float32)
                 else:
-                    pairs = tl.minimum((total[None, :] - total[:, None]).to(tl.float32), 0.0)
-                scores = scores * tl.exp(tl.where(keep, pairs, float("-inf")))
+                    pairs = (total[:, None] - total[None, :]).to(tl.float32)
+                scores = scores * tl.exp2(tl.where(keep, pairs, float("-inf")))
             else:
                 scores = tl.where(keep, scores, 0.0)
-            y = tl.dot(state.to(operand), tl.trans(x).to(operand), input_precision=PRECISION)
             if PRODUCTS and REVERSE and INITIAL:
-                leaving = tl.where(start + step == time - 1, 0.0, leaving)
+                entering = tl.where(start + step == time - 1, 0.0, entering)
             if DECAY or RESET:
-                if REVERSE:
-                    y = y * leaving[None, :]
-                else:
-                    y = y * entering[None, :]
-            y = tl.dot(tl.trans(u).to(operand), scores.to(operand), acc=y, input_precision=PRECISION)
-            y = tl.trans(y)
+                y = y * entering[:, None]
+            y = tl.dot(scores.to(operand), u.to(operand), acc=y, input_precision=PRECISION)
             if PRODUCTS:
-                w = load_tile(beside, start, beside_time, time, first, VALUE_DIM, ROWS, BV)
                 product = tl.sum(y * w.to(tl.float32), axis=1)
                 tl.store(products + start + step, product, mask=step < time - start)
                 y = y + own[:, None] * u.to(tl.float32)
                 if REVERSE and INITIAL:
                     y = y + tl.where(start + step == time - 1, 1.0, 0.0)[:, None] * read_of_end[None, :]
-            store_tile(outputs, start, heads * VALUE_DIM, time, first, y, VALUE_DIM, ROWS, BV)
+            if COPIED:
+                column = (head * VALUE_DIM).to(tl.int32) + first
+                outputs.store([batch.to(tl.int32), start, column], y.to(TYPE).reshape(1, ROWS, BV))
+            else:
+                store_tile(outputs, start, heads * VALUE_DIM, time, first, y, VALUE_DIM, ROWS, BV)
 
-        added = tl.trans(u)
+        added = u
         if DECAY or RESET:
             if PRODUCTS and not REVERSE:
                 leaving = tl.where(start + step == time - 1, 0.0, leaving)
-            if REVERSE:
-                added = added.to(tl.float32) * entering[None, :]
-            else:
-                added = added.to(tl.float32) * leaving[None, :]
+            added = u.to(tl.float32) * leaving[:, None]
             state = state * carry
-        state = tl.dot(added.to(operand), z.to(operand), acc=state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(z).to(operand), added.to(operand), acc=state, input_precision=PRECISION)
 
     if LAST:
         tl.store(last + place, state, mask=inside)
     if (not OUTPUTS) and block == 0:
-        tl.store(kept + sequence * segments + segment, tl.exp(whole))
+        tl.store(kept + sequence * segments + segment, tl.exp2(whole))
 
 
 @triton.jit

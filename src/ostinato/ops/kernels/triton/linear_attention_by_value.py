@@ -1,0 +1,219 @@
+"""`linear_attention` with one decay per key channel: the walk in which values and outputs decay (`by_value`).
+
+What it computes, and how, is told in `linear_attention_channels`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, store_tile
+from ostinato.ops.kernels.triton.linear_attention_channels import TO_BASE_2, halving, load_channels, square, sums
+from ostinato.ops.kernels.triton.linear_attention_walk import state_block
+
+
+@triton.jit
+def _outputs_by_halves(
+    u,
+    g,
+    scores,
+    y,
+    ROWS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    operand: tl.constexpr,
+):
+    """y plus the outputs of `scores` (reader, written) off the diagonal."""
+    step = tl.arange(0, ROWS)
+    size = 1
+    while size < ROWS:
+        between, late = halving(step, size)
+        reads = late == 0 if REVERSE else late
+        factor = tl.exp2(sums(between, g, FINE))
+        chosen = tl.where(square(step, size, reads), scores, 0.0).to(operand)
+        y += factor * tl.dot(chosen, (u * factor).to(operand), input_precision=PRECISION)
+        size *= 2
+    return y
+
+
+@triton.jit
+def by_value(
+    readers,
+    written,
+    values,
+    beside,
+    log_decay,
+    reset,
+    parts,
+    initial,
+    outputs,
+    products,
+    flow,
+    gradient,
+    last,
+    last_reader,
+    time,
+    padded,
+    heads,
+    chunks,
+    readers_batch,
+    readers_time,
+    readers_head,
+    written_batch,
+    written_time,
+    written_head,
+    values_batch,
+    values_time,
+    values_head,
+    beside_batch,
+    beside_time,
+    beside_head,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    RESET: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINE: tl.constexpr,
+    WIDE: tl.constexpr,
+    MILD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Forwards: `products` is set to beside ⊙ outputs, without the pair of a step with itself, and the last state is
+    without what the last step wrote. Backwards, the gradient of the log-decays is cumulated of products − beside ⊙
+    outputs, from `flow` at the end. A state lies in memory as (value, key)."""
+    blocks = (VALUE_DIM + BV - 1) // BV
+    segments = tl.num_programs(1)
+    program = tl.program_id(0)
+    block = program % blocks
+    sequence = (program // blocks).to(tl.int64)
+    segment = tl.program_id(1)
+    batch, head = sequence // heads, sequence % heads
+    first = block * BV
+    readers += batch * readers_batch + head * readers_head
+    written += batch * written_batch + head * written_head
+    values += batch * values_batch + head * values_head
+    beside += batch * beside_batch + head * beside_head
+    own_rows = (batch * time * heads + head) * VALUE_DIM
+    log_decay += own_rows
+    outputs += own_rows
+    gradient += own_rows
+    products += sequence * time * VALUE_DIM
+    reset += batch * time
+    parts += batch * padded
+
+    place, inside = state_block(first, BV, BK, 1, KEY_DIM, KEY_DIM, VALUE_DIM)
+    place = (sequence * segments + segment) * (KEY_DIM * VALUE_DIM) + place
+    channel = first + tl.arange(0, BV)
+    carry = tl.zeros([BV], dtype=tl.float32)
+    if INITIAL:
+        state = tl.load(initial + place, mask=inside, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros([BK, BV], dtype=tl.float32)
+    if REVERSE and INITIAL:
+        at = flow + (sequence * segments + segment) * VALUE_DIM + channel
+        carry = tl.load(at, mask=channel < VALUE_DIM, other=0.0)
+        # What the last step reads of the last state's gradient, in this program if it has that step.
+        read_of_end = tl.zeros([BV], dtype=tl.float32)
+        if segment == segments - 1:
+            key = tl.arange(0, BK)
+            reader = tl.load(last_reader + sequence * KEY_DIM + key, mask=key < KEY_DIM, other=0.0)
+            read_of_end = tl.sum(state * reader.to(tl.float32)[:, None], axis=0)
+
+    operand: tl.constexpr = tl.float32 if WIDE else values.dtype.element_ty
+    step = tl.arange(0, ROWS)
+    row = heads * VALUE_DIM
+    count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks)
+    for index in tl.range(0, count, num_stages=STAGES):
+        if REVERSE:
+            start = (segment * chunks + count - 1 - index) * ROWS
+        else:
+            start = (segment * chunks + index) * ROWS
+        x = load_tile(readers, start, readers_time, time, 0, KEY_DIM, ROWS, BK)
+        z = load_tile(written, start, written_time, time, 0, KEY_DIM, ROWS, BK)
+        g = load_channels(log_decay, reset, start, row, time, first, VALUE_DIM, ROWS, BV, RESET)
+        u = load_tile(values, start, values_time, time, first, VALUE_DIM, ROWS, BV)
+        at_end = start + step == time - 1
+
+        scores = tl.dot(x, tl.trans(z), input_precision=PRECISION)
+        own = tl.sum(tl.where(step[:, None] == step[None, :], scores, 0.0), axis=1)
+        keep = step[:, None] < step[None, :] if REVERSE else step[:, None] > step[None, :]
+        enters, leaves = start + step >= 0, start + step >= 0
+        kept_of_state = 1.0
+        if RESET:
+            part = tl.load(parts + start + step)
+            count_parts = tl.load(parts + start + ROWS - 1)
+            keep = keep & (part[:, None] == part[None, :])
+            enters, leaves = part == 0, part == count_parts
+            if REVERSE:
+                enters, leaves = leaves, enters
+            kept_of_state = tl.where(count_parts == 0, 1.0, 0.0)
+        if REVERSE:
+            enters = enters & (at_end == 0)
+        else:
+            leaves = leaves & (at_end == 0)
+        scores = tl.where(keep, scores, 0.0)
+
+        of_chunk = tl.sum(g, axis=0)
+        if tl.min(of_chunk, axis=0) > -MILD:
+            half = 0.5 * of_chunk
+            total = sums(step[:, None] >= step[None, :], g, FINE) - half[None, :]
+            if REVERSE:
+                total = -total
+            wrote = (u * tl.exp2(-total)).to(operand)
+            state = state * tl.exp2(half)[None, :]
+            y = tl.dot(x.to(operand), state.to(operand), input_precision=PRECISION)
+            if RESET or (REVERSE and INITIAL):
+                y = tl.where(enters[:, None], y, 0.0)
+            y = tl.dot(scores.to(operand), wrote, acc=y, input_precision=PRECISION) * tl.exp2(total)
+            if RESET or not REVERSE:
+                wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
+            state = state * kept_of_state
+            state = tl.dot(tl.trans(z).to(operand), wrote, acc=state, input_precision=PRECISION)
+            state = state * tl.exp2(half)[None, :]
+        else:
+            before = sums(step[:, None] >= step[None, :], g, FINE)
+            after = sums(step[:, None] < step[None, :], g, FINE)
+            if REVERSE:
+                before, after = after, before
+            y = tl.dot(x.to(operand), state.to(operand), input_precision=PRECISION) * tl.exp2(before)
+            if RESET or (REVERSE and INITIAL):
+                y = tl.where(enters[:, None], y, 0.0)
+            y = _outputs_by_halves(u, g, scores, y, ROWS, REVERSE, FINE, PRECISION, operand)
+            wrote = (tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after)).to(operand)
+            state = state * (tl.exp2(of_chunk) * kept_of_state)[None, :]
+            state = tl.dot(tl.trans(z).to(operand), wrote, acc=state, input_precision=PRECISION)
+
+        w = load_tile(beside, start, beside_time, time, first, VALUE_DIM, ROWS, BV)
+        product = y * w
+        y = y + own[:, None] * u
+        if REVERSE and INITIAL:
+            y = y + tl.where(at_end[:, None], read_of_end[None, :], 0.0)
+        store_tile(outputs, start, row, time, first, y, VALUE_DIM, ROWS, BV)
+        if REVERSE:
+            change = load_tile(products, start, VALUE_DIM, time, first, VALUE_DIM, ROWS, BV) - product
+            later = step[:, None] <= step[None, :]
+            if RESET:
+                later = later & (part[:, None] == part[None, :])
+            cumulated = sums(later, change, FINE)
+            if RESET:
+                cumulated += tl.where((part == count_parts)[:, None], carry[None, :], 0.0)
+                carry = tl.where(count_parts == 0, carry, 0.0)
+                carry += tl.sum(tl.where((part == 0)[:, None], change, 0.0), axis=0)
+                is_reset = load_steps(reset, start, 1, time, ROWS) != 0
+                cumulated = tl.where(is_reset[:, None], 0.0, cumulated)
+            else:
+                cumulated += carry[None, :]
+                carry += tl.sum(change, axis=0)
+            cumulated = tl.where(g <= FORGETS * TO_BASE_2, 0.0, cumulated)
+            store_tile(gradient, start, row, time, first, cumulated, VALUE_DIM, ROWS, BV)
+        else:
+            store_tile(products, start, VALUE_DIM, time, first, product, VALUE_DIM, ROWS, BV)
+
+    if not REVERSE:
+        tl.store(last + place, state, mask=inside)
