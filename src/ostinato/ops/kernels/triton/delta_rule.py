@@ -1,8 +1,8 @@
 """`delta_rule` in Triton: kernels over all chunks at once, and walks from chunk to chunk, the state on chip.
 
-Forward: T and P of every chunk (`delta_rule_chunks`, or `delta_rule_channels` where every key channel has its decay),
+Forward: Y and P of every chunk (`delta_rule_chunks`, or `delta_rule_channels` where every key channel has its decay),
 then one walk (`delta_rule_walk`). Backward: the walk again, to have the states that enter the chunks, the walk back
-with the state's gradient, and the gradients of all chunks at once. Between forward and backward only T, P and the
+with the state's gradient, and the gradients of all chunks at once. Between forward and backward only Y, P and the
 factors of the rows are kept, and none of them where decays are per channel.
 
 Half precision is multiplied as such and summed up in float32, in which the state is kept on chip.
@@ -64,7 +64,7 @@ def _by_channel(log_decay: Tensor | None) -> bool:
 
 
 def _none(queries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In the place of T, P and factors, where the backward pass makes them anew."""
+    """In the place of Y, P and factors, where the backward pass makes them anew."""
     a, b, c, d = (queries.new_empty(0) for _ in range(4))
     return a, b, c, d
 
@@ -80,7 +80,7 @@ def _forward(
     reset: Tensor | None,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, last state; for the backward pass T, P, factors of rows and states, and what of segments is kept."""
+    """Outputs, last state; for the backward pass Y, P, factors of rows and states, and what of segments is kept."""
     p = _plan(queries, keys, values, log_decay)
     chunks = launches.prepare(p, queries, keys, beta, log_decay, reset, normalize)
     outputs = values.new_empty(p.batch, p.tokens, p.heads, p.value_dim)

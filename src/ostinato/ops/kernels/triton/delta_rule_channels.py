@@ -2,7 +2,7 @@
 
 The mathematics is that of `delta_rule_chunks`, with decays that do not leave the sums over channels:
 
-    A_ij = β_i Σ_c k_ic k_jc exp(G_ic − G_jc),    P_tj = Σ_c q_tc k_jc exp(G_tc − G_jc).
+    A_ij = Σ_c k_ic k_jc exp(G_ic − G_jc),    P_tj = Σ_c q_tc k_jc exp(G_tc − G_jc).
 
 The pairs of tokens are taken by levels s = 1, 2, 4, …: in every block of 2s tokens the late half against the early.
 With R the G of the last early token, exp(G_i − G_j) = exp(G_i − R) exp(R − G_j), both ≤ 1, so that a level is a
@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 
 from ostinato.ops.kernels.triton.chunk_parts import FORGETS, last_of
-from ostinato.ops.kernels.triton.delta_rule_chunks import EPS, token_decays, unit_lower_inverse
+from ostinato.ops.kernels.triton.delta_rule_chunks import (
+    ASK,
+    EPS,
+    RATE,
+    READ,
+    ROWS,
+    WRITE,
+    token_decays,
+    unit_lower_inverse,
+)
 
 
 @triton.jit
@@ -130,7 +139,7 @@ def prepare(
     PRECISION: tl.constexpr,
     SOLVE: tl.constexpr,
 ):
-    """T and P of every chunk, and its queries and keys as the walks want them. Grid: (chunks, batch × heads)."""
+    """Y and P of every chunk, and its queries and keys as the walks want them. Grid: (chunks, batch × heads)."""
     TOKENS: tl.constexpr = C // MICRO
     dtype = keys.dtype.element_ty
     n = tl.program_id(0)
@@ -150,8 +159,8 @@ def prepare(
     origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
     flags = reset + batch * tokens + n * TOKENS
     begins = row_in & (row % MICRO == 0)
-    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
-    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
+    _, segment = token_decays(totals, flags, row_token, heads, begins, False, RESET)
+    _, query_segment = token_decays(totals, flags, token, heads, token_in, False, RESET)
 
     key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
     query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
@@ -181,9 +190,10 @@ def prepare(
         asked = (q * level_factor(totals, token, key, size, TOKENS, BQ, K)).to(dtype)
         kept = level_kept(token, row_token, query_segment, segment, size)
         score += tl.where(kept, tl.dot(asked, tl.trans(decayed), input_precision=PRECISION), 0.0)
-    lower = tl.where(row[:, None] > row[None, :], lower, 0.0) * rate[:, None]
+    lower = tl.where(row[:, None] > row[None, :], lower, 0.0)
+    solved = tl.dot(lower, unit_lower_inverse(rate[:, None] * lower, C, SOLVE), input_precision=SOLVE)
     place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
-    tl.store(place, unit_lower_inverse(lower, C, SOLVE).to(inverse.dtype.element_ty))
+    tl.store(place, solved.to(inverse.dtype.element_ty))
     place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]
     tl.store(place, score.to(scores.dtype.element_ty))
 
@@ -194,19 +204,18 @@ def prepare(
     tl.store(reading + key_offset, (k * entered).to(dtype), mask=row_in[:, None] & key_in)
     entered = tl.where((query_segment == 0)[:, None], tl.exp(query_total.to(tl.float32)), 0.0)
     tl.store(asking + query_offset, (q * entered).to(dtype), mask=token_in[:, None] & key_in)
-    factor = factors + chunk * (4 * C) + row
+    factor = factors + chunk * (ROWS * C) + row
     one = tl.full([C], 1.0, tl.float32)
-    tl.store(factor, rate)
-    tl.store(factor + C, one)
-    tl.store(factor + 2 * C, rate)
-    tl.store(factor + 3 * C, one)
+    tl.store(factor + READ * C, one)
+    tl.store(factor + WRITE * C, one)
+    tl.store(factor + RATE * C, rate)
+    tl.store(factor + ASK * C, one)
 
 
 @triton.jit
 def gradients(
     queries,
     keys,
-    values,
     beta,
     totals,
     carried,
@@ -259,8 +268,8 @@ def gradients(
 
     flags = reset + batch * tokens + n * TOKENS
     begins = row_in & (row % MICRO == 0)
-    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
-    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
+    _, segment = token_decays(totals, flags, row_token, heads, begins, False, RESET)
+    _, query_segment = token_decays(totals, flags, token, heads, token_in, False, RESET)
     if BETA:
         rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
     else:
@@ -295,7 +304,7 @@ def gradients(
         written = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0)
         to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
         to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
-    of_score = to_score.to(dtype)
+    of_score = (to_score * rate[None, :]).to(dtype)
     total = load_totals(totals, token, key, BQ, K).to(tl.float32)
     to_query *= tl.where((query_segment == 0)[:, None], tl.exp(total), 0.0)
     for level in tl.range(0, LEVELS, num_stages=1):
@@ -317,7 +326,7 @@ def gradients(
         to_query = (to_query - q * tl.sum(to_query * q, 1)[:, None]) * query_scale[:, None]
     tl.store(grad_queries + query_offset, to_query.to(dtype), mask=query_mask)
 
-    # Then the keys, as they read (without β at first, for its gradient) and as they write; first of one another.
+    # Then the keys, as they read and as they write; first of one another.
     to_lower = tl.zeros([C, C], tl.float32)
     to_rate = tl.zeros([C], tl.float32)
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
@@ -329,10 +338,11 @@ def gradients(
         to_lower = tl.dot(target, tl.trans(written), to_lower, input_precision=PRECISION)
         wide = target.to(tl.float32)
         if BETA:
-            v = tl.load(values + value_offset, mask=inside, other=0.0).to(tl.float32)
-            to_rate += tl.sum(wide * v, 1)
+            to_rate += tl.sum(wide * written.to(tl.float32), 1)
         tl.store(grad_values + value_offset, (rate[:, None] * wide).to(dtype), mask=inside)
-    to_lower = tl.where(row[:, None] > row[None, :], -to_lower, 0.0)
+    if BETA:
+        tl.store(grad_beta + start + row * heads, to_rate, mask=row_in)
+    to_lower = tl.where(row[:, None] > row[None, :], -rate[:, None] * to_lower * rate[None, :], 0.0)
     to_read = tl.zeros([C, BK], tl.float32)
     to_write = tl.zeros([C, BK], tl.float32)
     for level in tl.range(0, LEVELS, num_stages=1):
@@ -347,9 +357,9 @@ def gradients(
         decayed = (load_scaled(keys + key_offset + again, key_mask, key_scale) * factor).to(dtype)
         kept = level_kept(row_token, row_token, segment, segment, size)
         pairs = tl.where(kept, to_lower, 0.0)
-        to_read += factor * tl.dot(pairs.to(dtype), decayed, input_precision=PRECISION)
-        pairs = pairs * rate[:, None]
-        to_write += factor * tl.dot(tl.trans(pairs.to(dtype)), decayed, column, input_precision=PRECISION)
+        pairs = pairs.to(dtype)
+        to_read += factor * tl.dot(pairs, decayed, input_precision=PRECISION)
+        to_write += factor * tl.dot(tl.trans(pairs), decayed, column, input_precision=PRECISION)
 
     # What they read of the entering state.
     of_state = tl.zeros([C, BK], tl.float32)
@@ -362,20 +372,17 @@ def gradients(
         state = tl.load(entering + state_offset, mask=(key < K)[:, None] & value_in, other=0.0)
         of_state = tl.dot(target, tl.trans(state), of_state, input_precision=PRECISION)
     total = load_totals(totals, row_token, key, BQ, K)
-    to_read -= of_state * tl.where((segment == 0)[:, None], tl.exp(total.to(tl.float32)), 0.0)
+    to_read -= of_state * tl.where((segment == 0)[:, None], rate[:, None] * tl.exp(total.to(tl.float32)), 0.0)
     k = load_scaled(keys + key_offset, key_mask, key_scale)
-    change = tl.dot(reads, k * (rate[:, None] * to_read - to_write), input_precision=PRECISION)
+    change = tl.dot(reads, k * (to_read - to_write), input_precision=PRECISION)
     if MICRO > 1:
-        own = tl.where(row_token[:, None] == row_token[None, :], to_lower, 0.0)
-        to_read = tl.dot(own.to(dtype), k.to(dtype), to_read, input_precision=PRECISION)
-        own = (own * rate[:, None]).to(dtype)
+        own = tl.where(row_token[:, None] == row_token[None, :], to_lower, 0.0).to(dtype)
+        to_read = tl.dot(own, k.to(dtype), to_read, input_precision=PRECISION)
         to_write = tl.dot(tl.trans(own), k.to(dtype), to_write, input_precision=PRECISION)
     part = tl.where(own_token, of_score, tl.zeros_like(of_score))
     q = load_scaled(queries + query_offset, query_mask, query_scale)
     to_write = tl.dot(tl.trans(part), q.to(dtype), to_write, input_precision=PRECISION)
-    if BETA:
-        tl.store(grad_beta + start + row * heads, to_rate + tl.sum(k * to_read, 1), mask=row_in)
-    to_key = rate[:, None] * to_read + to_write
+    to_key = to_read + to_write
     tl.debug_barrier()
     change += tl.load(grad_decay + query_offset, mask=query_mask, other=0.0)
 
@@ -396,7 +403,7 @@ def gradients(
     last = load_totals(totals, tl.full([C], BQ - 1, tl.int32), key, BQ, K)
     total = load_totals(totals, row_token, key, BQ, K)
     left = tl.exp((last - total).to(tl.float32))
-    of_state *= tl.where((segment == last_of(segment, C))[:, None], left, 0.0)
+    of_state *= tl.where((segment == last_of(segment, C))[:, None], rate[:, None] * left, 0.0)
     to_key += of_state
     k = load_scaled(keys + key_offset, key_mask, key_scale)
     change = tl.dot(1.0 - reads, k * of_state, change, input_precision=PRECISION)

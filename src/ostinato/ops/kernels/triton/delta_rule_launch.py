@@ -165,12 +165,12 @@ def _options(queries: Tensor, beta: Tensor | None, reset: Tensor | None, normali
 
 
 def empty_chunks(p: Plan, queries: Tensor, *, channels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for T, P, the factors of the rows and those of the states."""
+    """Room for Y, P, the factors of the rows and those of the states."""
     kept = (p.pairs, p.chunks)
     return (
         queries.new_empty(*kept, p.chunk, p.chunk),
         queries.new_empty(*kept, p.query_block, p.chunk),
-        queries.new_empty(*kept, 4, p.chunk, dtype=torch.float32),
+        queries.new_empty(*kept, of_heads.ROWS.value, p.chunk, dtype=torch.float32),
         queries.new_empty(*kept, *((p.key_dim,) if channels else ()), dtype=torch.float32),
     )
 
@@ -184,7 +184,7 @@ def prepare(
     reset: Tensor | None,
     normalize: bool,
 ) -> Chunks:
-    """T, P and the factors of all chunks; where decays are per channel also their sums, and all decayed."""
+    """Y, P and the factors of all chunks; where decays are per channel also their sums, and all decayed."""
     options = _options(queries, beta, reset, normalize)
     options["SOLVE"] = "ieee" if queries.dtype == torch.float32 else "tf32"
     rates, flags = keys if beta is None else beta, keys if reset is None else reset
@@ -365,7 +365,7 @@ def walk(
 def walk_again(
     p: Plan, chunks: Chunks, values: Tensor, state: Tensor | None, entering: Tensor, kept: tuple[Tensor, Tensor]
 ) -> None:
-    """The walk for the backward pass: keeps the states that enter the chunks, and u."""
+    """The walk for the backward pass: keeps the states that enter the chunks, and r."""
     initial = state if p.segments == 1 else entering
     last = values.new_empty(p.pairs, p.segments, p.key_dim, p.value_dim, dtype=torch.float32)
     _walk(p, chunks, values, initial, last, kept=kept)
@@ -379,7 +379,7 @@ def walk_back(
     transitions: Tensor,
     kept: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The walk back: keeps the gradients of the leaving states, and dx. Returns the initial state's gradient."""
+    """The walk back: keeps the gradients of the leaving states, and e. Returns the initial state's gradient."""
     grad_initial = grad_outputs.new_empty(p.batch, p.heads, p.key_dim, p.value_dim, dtype=torch.float32)
     if p.segments == 1:
         _walk_back(p, chunks, grad_outputs, grad_last, grad_initial, kept)
@@ -401,7 +401,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of queries, keys, values, β and log-decays (empty where there is none).
 
-    `walked` are S, dS', u and dx of all chunks.
+    `walked` are S, dS', r and e of all chunks.
     """
     queries, keys, values, beta, log_decay, reset = inputs
     grad_beta, grad_decay = (
@@ -417,27 +417,40 @@ def gradients(
         "maxnreg": p.gradient_registers,
     }
     if chunks.totals is None:
+        count = p.pairs * p.chunks
+        weights = grad_beta.new_empty(0 if log_decay is None else count * (5 * p.chunk + 1))
         of_heads.gradients[(p.chunks, p.pairs)](
             queries,
             keys,
-            values,
-            rates,
             keys if log_decay is None else log_decay,
-            flags,
+            chunks.factors,
             chunks.scores,
             *walked,
             grad_outputs,
-            *found,
+            *found[:4],
+            weights,
             *p.sizes(),
             **options,
             DECAY=log_decay is not None,
             EXACT=queries.dtype == torch.float32,
         )
+        if log_decay is not None:
+            of_heads.decay_gradients[(p.chunks, p.pairs)](
+                weights,
+                chunks.carried,
+                flags,
+                grad_decay,
+                *p.sizes(),
+                C=p.chunk,
+                MICRO=p.micro,
+                BQ=p.query_block,
+                RESET=reset is not None,
+                num_warps=4,
+            )
     else:
         of_channels.gradients[(p.chunks, p.pairs)](
             queries,
             keys,
-            values,
             rates,
             chunks.totals,
             chunks.carried,

@@ -1,15 +1,19 @@
 """The walks of `delta_rule` from chunk to chunk, forwards with the state and backwards with its gradient.
 
-In a chunk of C rows (a token has n rows) let S be the state that enters, T = (I + A)⁻¹ and P the decayed scores of
-the queries (both made for all chunks at once, by `delta_rule_chunks`). Row factors a, b, β and c carry decays, rates
-and the lengths of keys and queries, so that the tiles of keys and queries go from memory to the matrix units
-untouched:
+In a chunk of C rows (a token has n rows) let S be the state that enters, Y = A'(I + βA')⁻¹ with A' the decayed scores
+of the keys, and P those of the queries (both made for all chunks at once, by `delta_rule_chunks`). Row factors a, b, β
+and c carry decays, rates and the lengths of keys and queries, so that the tiles of keys and queries go from memory
+to the matrix units untouched:
 
-    u = T (β v − a (r S)),    y = c (q S) + P u,    S' = d S + wᵀ (b u),
+    x = v − a (k S),    r = x − Y (β x),    u = β r,    y = c (q S) + P u,    S' = d S + kᵀ (b u).
 
-r the keys that read and w those that write. With dS' the gradient of the state that leaves, and dy of the outputs,
+r is what the values are too large by against what is stored under their keys. With dS' the gradient of the state that
+leaves, and dy of the outputs,
 
-    du = Pᵀ dy + b (w dS'),    dx = Tᵀ du,    dS = d dS' + qᵀ (c dy) − rᵀ (a dx).
+    du = Pᵀ dy + b (k dS'),    e = du − Yᵀ (β du),    dS = d dS' + qᵀ (c dy) − kᵀ (a β e),
+
+and β e is the gradient of v, e·r that of β. `reading` and `writing` are the keys, or two forms of them where decays
+are per channel.
 
 One program holds a block of the state's value channels on chip through all chunks of a segment of the sequence. Where
 that leaves processors idle, the sequence has several segments: each is a map S ↦ M S + B, walked once for B, from
@@ -22,6 +26,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ostinato.ops.kernels.triton.delta_rule_chunks import ASK, RATE, READ, ROWS, WRITE
 
 
 @triton.jit
@@ -75,7 +81,7 @@ def walk(
 ):
     """Grid: (value blocks, batch × heads, segments of `per_segment` chunks).
 
-    OUTPUT writes y. KEEP writes the states that enter the chunks and u. With TRANSITION the values are zero and
+    OUTPUT writes y. KEEP writes the states that enter the chunks and r. With TRANSITION the values are zero and
     the state starts as the identity, so that the last state is the segment's transition matrix (V = K). TIED says that
     one key reads and writes, CHANNELS that each key channel has a factor d of its own.
     """
@@ -110,27 +116,28 @@ def walk(
         key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
         read = tl.load(reading + key_offset, mask=row_in & key_in, other=0.0)
         solve = tl.load(inverse + chunk * (C * C) + row[:, None] * C + row[None, :])
-        factor = factors + chunk * (4 * C) + row
-        read_factor = tl.load(factor)[:, None]
-        write_factor = tl.load(factor + C)[:, None]
+        factor = factors + chunk * (ROWS * C) + row
+        read_factor = tl.load(factor + READ * C)[:, None]
+        write_factor = tl.load(factor + WRITE * C)[:, None]
         half = state.to(dtype)
         if KEEP:
             store_state(entering, chunk, key, value, half, K, V)
-        target = -read_factor * tl.dot(read, half, input_precision=PRECISION)
+        excess = -read_factor * tl.dot(read, half, input_precision=PRECISION)
         value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
         if not TRANSITION:
-            rate = tl.load(factor + 2 * C)[:, None]
-            target += rate * tl.load(values + value_offset, mask=row_in & value_in, other=0.0).to(tl.float32)
-        written = tl.dot(solve, target.to(dtype), input_precision=PRECISION)
+            excess += tl.load(values + value_offset, mask=row_in & value_in, other=0.0).to(tl.float32)
+        rate = tl.load(factor + RATE * C)[:, None]
+        excess = tl.dot(solve, (-rate * excess).to(dtype), excess, input_precision=PRECISION)
         if KEEP:
-            tl.store(fresh + value_offset, written.to(dtype), mask=row_in & value_in)
+            tl.store(fresh + value_offset, excess.to(dtype), mask=row_in & value_in)
+        written = rate * excess
         if OUTPUT:
             token_in = ((token < TOKENS) & (n * TOKENS + token < tokens))[:, None]
             origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
             query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
             query = tl.load(queries + query_offset, mask=token_in & key_in, other=0.0)
             score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :])
-            query_factor = tl.load(factors + chunk * (4 * C) + 3 * C + token, mask=token < C, other=0.0)[:, None]
+            query_factor = tl.load(factors + chunk * (ROWS * C) + ASK * C + token, mask=token < C, other=0.0)[:, None]
             output = query_factor * tl.dot(query, half, input_precision=PRECISION)
             output = tl.dot(score, written.to(dtype), output, input_precision=PRECISION)
             output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
@@ -176,7 +183,7 @@ def walk_back(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The walk from the last chunk to the first: writes dx, and dS' of each chunk, with KEEP; dS of the first."""
+    """The walk from the last chunk to the first: writes e, and dS' of each chunk, with KEEP; dS of the first."""
     TOKENS: tl.constexpr = C // MICRO
     pair = tl.program_id(1)
     segment = tl.program_id(2)
@@ -208,15 +215,15 @@ def walk_back(
         key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
         write = tl.load(writing + key_offset, mask=row_in & key_in, other=0.0)
         solve = tl.load(inverse + chunk * (C * C) + row[:, None] * C + row[None, :])
-        factor = factors + chunk * (4 * C) + row
-        read_factor = tl.load(factor)[:, None]
-        write_factor = tl.load(factor + C)[:, None]
+        factor = factors + chunk * (ROWS * C) + row
+        read_factor = tl.load(factor + READ * C)[:, None]
+        write_factor = tl.load(factor + WRITE * C)[:, None]
         token_in = ((token < TOKENS) & (n * TOKENS + token < tokens))[:, None]
         origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
         query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
         query = tl.load(queries + query_offset, mask=token_in & key_in, other=0.0)
         score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :])
-        query_factor = tl.load(factors + chunk * (4 * C) + 3 * C + token, mask=token < C, other=0.0)[:, None]
+        query_factor = tl.load(factors + chunk * (ROWS * C) + ASK * C + token, mask=token < C, other=0.0)[:, None]
         output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
         grad_output = tl.load(grad_outputs + output_offset, mask=token_in & value_in, other=0.0)
         half = grad.to(dtype)
@@ -224,7 +231,8 @@ def walk_back(
             store_state(leaving, chunk, key, value, half, K, V)
         written = write_factor * tl.dot(write, half, input_precision=PRECISION)
         written = tl.dot(tl.trans(score), grad_output, written, input_precision=PRECISION)
-        target = tl.dot(tl.trans(solve), written.to(dtype), input_precision=PRECISION)
+        rate = tl.load(factor + RATE * C)[:, None]
+        target = tl.dot(tl.trans(solve), (-rate * written).to(dtype), written, input_precision=PRECISION)
         if KEEP:
             value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
             tl.store(residual + value_offset, target.to(dtype), mask=row_in & value_in)
@@ -235,7 +243,7 @@ def walk_back(
         read = write if TIED else tl.load(reading + key_offset, mask=row_in & key_in, other=0.0)
         asked = (query_factor * grad_output.to(tl.float32)).to(dtype)
         grad = tl.dot(tl.trans(query), asked, grad, input_precision=PRECISION)
-        grad = tl.dot(tl.trans(read), (-read_factor * target).to(dtype), grad, input_precision=PRECISION)
+        grad = tl.dot(tl.trans(read), (-read_factor * rate * target).to(dtype), grad, input_precision=PRECISION)
     store_state(grad_initial, place, key, value, grad, K, V)
 
 
