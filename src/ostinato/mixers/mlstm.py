@@ -132,7 +132,8 @@ class MLSTM(Mixer):
         reset: Tensor | None,
     ) -> tuple[Tensor, MatrixState]:
         """Linear attention; the normaliser is one more value channel, written with the value 1."""
-        keys = keys * torch.sigmoid(raw_input).unsqueeze(-1)
+        # The gate is float32 under half precision; kernels want keys of the values' type.
+        keys = (keys * torch.sigmoid(raw_input).unsqueeze(-1)).to(values.dtype)
         if self.normalize:
             values = F.pad(values, (0, 1), value=1.0)
         hidden, memory = self.scan(queries, keys, values, log_forget, state.memory, reset=reset)
