@@ -348,7 +348,7 @@ def test_errors():
         newton_scan(cell, tuple(weights), inputs[0][:, :0])
     with pytest.raises(NonFiniteError, match=r"state\.hidden"):
         run(newton_scan, cell, weights, inputs, [state[0] * torch.nan], kind, validate=True)
-    with pytest.raises(BackendError, match="no route"), ostinato.backend(newton_scan="triton"):
+    with pytest.raises(BackendError, match="no route"), ostinato.backend(newton_scan="native"):
         run(newton_scan, *problem)
     _, weights, inputs, state, kind = make("m2rnn")
     with pytest.raises(ConfigurationError, match="gradient_clip"):

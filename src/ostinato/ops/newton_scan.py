@@ -24,8 +24,10 @@ from torch import Tensor
 
 from ostinato.errors import ConfigurationError, DivergenceError
 from ostinato.ops.cells import Cell, Inputs, State, Weights
+from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.kalman import filtered_means
-from ostinato.ops.recurrent_scan import loop, prepare
+from ostinato.ops.recurrent_scan import check as check_arguments
+from ostinato.ops.recurrent_scan import loop, widen
 from ostinato.ops.routes import Engine
 from ostinato.ops.scan import BLOCK, DENSE, DIAGONAL, affine_scan, associative_scan
 
@@ -116,6 +118,16 @@ def _correction(
     return filtered_means(jacobian, offset, states, initial, settings.damping, structure=structure) - states
 
 
+def diverged(cell: Cell, settings: _Settings, count: int, residual: float) -> DivergenceError:
+    """The error that a solve ends in which did not converge."""
+    return DivergenceError(
+        f"newton_scan with method={settings.method!r} on {type(cell).__name__} did not converge: after "
+        f"{count} iterations the residual max|f(h) − h| is {residual:.3g}, wanted "
+        f"{settings.tolerance:.3g}; allow more iterations, bound the recurrent weights (the para cells take "
+        "them in ±0.5), try method='elk', or use recurrent_scan"
+    )
+
+
 def _solve(
     cell: Cell, settings: _Settings, reset: Tensor | None, initial: Tensor, tensors: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -173,12 +185,7 @@ def _solve(
         if blind:
             states = torch.where(good.view(-1, *[1] * (states.ndim - 1)), states, torch.nan)
         elif not bool(good.all()):
-            raise DivergenceError(
-                f"newton_scan with method={settings.method!r} on {type(cell).__name__} did not converge: after "
-                f"{count} iterations the residual max|f(h) − h| is {float(residual.max()):.3g}, wanted "
-                f"{settings.tolerance:.3g}; allow more iterations, bound the recurrent weights (the para cells take "
-                "them in ±0.5), try method='elk', or use recurrent_scan"
-            )
+            raise diverged(cell, settings, count, float(residual.max()))
     converged = (residual <= wanted).to(residual.dtype)
     return states, torch.stack([torch.full_like(residual, count), residual, peak, converged], dim=1)
 
@@ -229,6 +236,7 @@ class _Newton(torch.autograd.Function):
 def _reference(
     cell: Cell, weights: Weights, inputs: Inputs, state: State, reset: Tensor | None, settings: _Settings
 ) -> tuple[Tensor, State, Tensor | None]:
+    weights, inputs, state = widen(cell, weights, inputs, state)
     return *loop(cell, weights, inputs, state, reset), None
 
 
@@ -243,6 +251,7 @@ def _one_step(
 def _parallel(
     cell: Cell, weights: Weights, inputs: Inputs, state: State, reset: Tensor | None, settings: _Settings
 ) -> tuple[Tensor, State, Tensor | None]:
+    weights, inputs, state = widen(cell, weights, inputs, state)
     tensors = (inputs,) if settings.single else inputs
     states, report = _Newton.apply(cell, settings, reset, cell.pack(state), *weights, *tensors)
     return cell.output(cell.unpack(states)), cell.unpack(states[:, -1]), report
@@ -278,6 +287,8 @@ def newton_scan(
             "elk": J, with every step a Levenberg–Marquardt step, found by a Kalman filter: slower, and
             bounded where Newton's iterates explode; "quasi_elk": the same with the diagonal.
         iterations: this many; None for as many as the tolerance needs, with iterates clipped to ±1e8 as in DEER.
+            A compiled kernel may return states that are closer to the solution than that many iterations make;
+            the iterates themselves are seen under `ostinato.backend("parallel")`.
         max_iterations: the limit for None.
         tolerance: on the residual max |f(h_{t−1}, x_t) − h_t|, relative to the largest state of the row where
             that is above 1. Default 1e-12 in float64 and 2e-6 in float32 (a residual within twenty times that
@@ -319,9 +330,13 @@ def newton_scan(
         raise ConfigurationError("check=False needs a fixed number of iterations, or return_report=True")
     if getattr(cell, "gradient_clip", None) is not None:
         raise ConfigurationError("newton_scan computes derivatives; a cell with gradient_clip needs recurrent_scan")
-    weights, inputs, state, dtype = prepare(cell, weights, inputs, state, reset, validate)
+    weights = tuple(weights)
+    dtype = check_arguments(cell, weights, inputs, state, reset, validate)
     if tolerance is None:
-        tolerance = _FAILURE if iterations is not None else _TOLERANCE[weights[0].dtype if weights else dtype]
+        wide = accumulation_dtype(dtype)
+        for tensor in (*weights, *((inputs,) if isinstance(inputs, Tensor) else inputs)):
+            wide = torch.promote_types(wide, accumulation_dtype(tensor.dtype))
+        tolerance = _FAILURE if iterations is not None else _TOLERANCE[wide]
     settings = _Settings(
         method=method,
         iterations=iterations,

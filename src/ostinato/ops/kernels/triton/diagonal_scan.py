@@ -87,7 +87,8 @@ def plan(
                 block_c = max(8, lanes // 8)
         block_c = min(block_c, power_of_two(channels))
     programs = batch * math.ceil(channels / block_c)
-    segments = min(math.ceil(2 * processors / programs), time // _SHORTEST_SEGMENT) if programs < processors else 1
+    # A second reading has to be repaid: by at least three times as many programs.
+    segments = min(2 * processors // programs, time // _SHORTEST_SEGMENT) if 3 * programs <= 2 * processors else 1
     length = block_t * math.ceil(time / (max(1, segments) * block_t))
     return Plan(block_t, block_c, warps, stages, math.ceil(time / length), length)
 

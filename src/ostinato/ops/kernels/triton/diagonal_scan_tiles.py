@@ -8,6 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+POLICY = tl.constexpr("")
+WRITE = tl.constexpr("")
+
 
 @triton.jit
 def times(xr, xi, yr, yi, COMPLEX: tl.constexpr, X_COMPLEX: tl.constexpr):
@@ -129,15 +132,15 @@ def load_tile(pointer, offsets, mask, COMPLEX: tl.constexpr, MASKED: tl.constexp
     if COMPLEX:
         pairs = pointer + 2 * offsets[:, :, None] + tl.arange(0, 2)[None, None, :]
         if MASKED:
-            x = tl.load(pairs, mask=mask[:, :, None], other=0.0)
+            x = tl.load(pairs, mask=mask[:, :, None], other=0.0, eviction_policy=POLICY)
         else:
-            x = tl.load(pairs)
+            x = tl.load(pairs, eviction_policy=POLICY)
         return tl.split(x)
     else:
         if MASKED:
-            x = tl.load(pointer + offsets, mask=mask, other=0.0)
+            x = tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=POLICY)
         else:
-            x = tl.load(pointer + offsets)
+            x = tl.load(pointer + offsets, eviction_policy=POLICY)
         x = x.to(tl.float32)
         return x, x
 
@@ -148,14 +151,14 @@ def store_tile(pointer, offsets, xr, xi, mask, COMPLEX: tl.constexpr, MASKED: tl
     if COMPLEX:
         pairs = pointer + 2 * offsets[:, :, None] + tl.arange(0, 2)[None, None, :]
         if MASKED:
-            tl.store(pairs, tl.join(xr, xi), mask=mask[:, :, None])
+            tl.store(pairs, tl.join(xr, xi), mask=mask[:, :, None], cache_modifier=WRITE)
         else:
-            tl.store(pairs, tl.join(xr, xi))
+            tl.store(pairs, tl.join(xr, xi), cache_modifier=WRITE)
     else:
         if MASKED:
-            tl.store(pointer + offsets, xr.to(pointer.dtype.element_ty), mask=mask)
+            tl.store(pointer + offsets, xr.to(pointer.dtype.element_ty), mask=mask, cache_modifier=WRITE)
         else:
-            tl.store(pointer + offsets, xr.to(pointer.dtype.element_ty))
+            tl.store(pointer + offsets, xr.to(pointer.dtype.element_ty), cache_modifier=WRITE)
 
 
 @triton.jit
@@ -187,7 +190,9 @@ def place(channels, segments, BLOCK_C: tl.constexpr):
     blocks = tl.cdiv(channels, BLOCK_C)
     block = program % blocks
     program = program // blocks
-    return block * BLOCK_C + tl.arange(0, BLOCK_C), program % segments, (program // segments).to(tl.int64)
+    # In 64 bits: what is added to it can then be part of the instruction that loads.
+    c = (block * BLOCK_C).to(tl.int64) + tl.arange(0, BLOCK_C)
+    return c, program % segments, (program // segments).to(tl.int64)
 
 
 @triton.jit
