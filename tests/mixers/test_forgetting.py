@@ -48,7 +48,7 @@ def watched(layer: Mixer) -> tuple[list[Any], Mixer]:
 
 LAWFUL: list[tuple[str, Callable[[Mixer], Mixer]]] = [
     ("mamba2", lambda mixer: StateDifferenceWindow(mixer, 5)),
-    ("gla", lambda mixer: StateDifferenceWindow(mixer, 1)),
+    ("gla", lambda mixer: StateDifferenceWindow(mixer, 3)),
     ("linear_attention", lambda mixer: StateDifferenceWindow(mixer, 7)),
     ("mamba2", lambda mixer: ForgetMore(mixer, 0.9, 0.6, 0.5)),
     ("gated_delta_product", lambda mixer: ForgetMore(mixer, 0.9, 0.6)),

@@ -29,6 +29,7 @@ _BUILT_IN = {
     "needle": "needle:Needle",
     "parity": "arithmetic:Parity",
     "passkey": "passkey:Passkey",
+    "recall_stream": "recall_stream:RecallStream",
     "regular_language": "regular:RegularLanguage",
     "selectivbench": "selectivity:SelectivBench",
     "selective_copying": "copying:SelectiveCopying",
