@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_tile, store_tile
-from ostinato.ops.kernels.triton.linear_attention_channels import halving, load_channels, square, sums
+from ostinato.ops.kernels.triton.linear_attention_channels import bounded, halving, square, sums
 from ostinato.ops.kernels.triton.linear_attention_walk import state_block
 
 
@@ -18,6 +18,7 @@ def _pairs_by_halves(
     x,
     z,
     g,
+    levels,
     ROWS: tl.constexpr,
     REVERSE: tl.constexpr,
     FINE: tl.constexpr,
@@ -27,14 +28,13 @@ def _pairs_by_halves(
     """Decayed scores (reader, written), without mask."""
     step = tl.arange(0, ROWS)
     scores = tl.dot(x, tl.trans(z), input_precision=PRECISION)  # The diagonal, and what is overwritten or masked.
-    size = 1
-    while size < ROWS:
+    for level in range(levels):
+        size = 1 << level
         between, late = halving(step, size)
         reads = late == 0 if REVERSE else late
         both = (tl.where(reads[:, None], x, z) * tl.exp2(sums(between, g, FINE))).to(operand)
         decayed = tl.dot(both, tl.trans(both), input_precision=PRECISION)
         scores = tl.where(square(step, size, reads), decayed, scores)
-        size *= 2
     return scores
 
 
@@ -45,6 +45,9 @@ def by_key(
     values,
     log_decay,
     reset,
+    centred,
+    totals,
+    strong,
     parts,
     initial,
     outputs,
@@ -54,6 +57,7 @@ def by_key(
     padded,
     heads,
     chunks,
+    levels,
     readers_batch,
     readers_time,
     readers_head,
@@ -75,8 +79,8 @@ def by_key(
     OUTPUTS: tl.constexpr,
     FINE: tl.constexpr,
     WIDE: tl.constexpr,
-    MILD: tl.constexpr,
     PRECISION: tl.constexpr,
+    STRONG: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Outputs, or (OUTPUTS false) only what a segment adds to the state, and how much of each key channel it keeps."""
@@ -86,12 +90,16 @@ def by_key(
     block = program % blocks
     sequence = (program // blocks).to(tl.int64)
     segment = tl.program_id(1)
+    if tl.load(strong + sequence) != STRONG:
+        return
     batch, head = sequence // heads, sequence % heads
     first = block * BV
     readers += batch * readers_batch + head * readers_head
     written += batch * written_batch + head * written_head
     values += batch * values_batch + head * values_head
     log_decay += (batch * time * heads + head) * KEY_DIM
+    centred += (batch * time * heads + head) * KEY_DIM
+    totals += sequence * (padded // ROWS) * KEY_DIM
     outputs += (batch * time * heads + head) * VALUE_DIM
     reset += batch * time
     parts += batch * padded
@@ -103,7 +111,7 @@ def by_key(
     else:
         state = tl.zeros([BK, BV], dtype=tl.float32)
     operand: tl.constexpr = tl.float32 if WIDE else values.dtype.element_ty
-    step = tl.arange(0, ROWS)
+    step, key = tl.arange(0, ROWS), tl.arange(0, BK)
     whole = tl.zeros([BK], dtype=tl.float32)
     count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks)
     for index in tl.range(0, count, num_stages=STAGES):
@@ -111,7 +119,6 @@ def by_key(
             start = (segment * chunks + count - 1 - index) * ROWS
         else:
             start = (segment * chunks + index) * ROWS
-        g = load_channels(log_decay, reset, start, heads * KEY_DIM, time, 0, KEY_DIM, ROWS, BK, RESET)
         z = load_tile(written, start, written_time, time, 0, KEY_DIM, ROWS, BK)
         if OUTPUTS:
             x = load_tile(readers, start, readers_time, time, 0, KEY_DIM, ROWS, BK)
@@ -130,11 +137,11 @@ def by_key(
             kept_of_state = tl.where(count_parts == 0, 1.0, 0.0)
             whole += tl.where(count_parts == 0, 0.0, 2.0 * FORGETS)
 
-        of_chunk = tl.sum(g, axis=0)
+        of_chunk = tl.load(totals + start // ROWS * KEY_DIM + key, mask=key < KEY_DIM, other=0.0)
         whole += of_chunk
-        if tl.min(of_chunk, axis=0) > -MILD:
+        if STRONG == 0:
             half = 0.5 * of_chunk
-            total = sums(step[:, None] >= step[None, :], g, FINE) - half[None, :]
+            total = load_tile(centred, start, heads * KEY_DIM, time, 0, KEY_DIM, ROWS, BK)
             if REVERSE:
                 total = -total
             wrote = (z * tl.exp2(-total)).to(operand)
@@ -151,6 +158,7 @@ def by_key(
                 state = state * kept_of_state
             state = tl.dot(tl.trans(wrote), u, acc=state, input_precision=PRECISION) * tl.exp2(half)[:, None]
         else:
+            g = bounded(log_decay, reset, start, heads * KEY_DIM, time, KEY_DIM, ROWS, BK, RESET, 0)
             before = sums(step[:, None] >= step[None, :], g, FINE)
             after = sums(step[:, None] < step[None, :], g, FINE)
             if REVERSE:
@@ -159,7 +167,7 @@ def by_key(
                 y = tl.dot((x * tl.exp2(before)).to(operand), state.to(operand), input_precision=PRECISION)
                 if RESET:
                     y = tl.where(enters[:, None], y, 0.0)
-                scores = _pairs_by_halves(x, z, g, ROWS, REVERSE, FINE, PRECISION, operand)
+                scores = _pairs_by_halves(x, z, g, levels, ROWS, REVERSE, FINE, PRECISION, operand)
                 y = tl.dot(tl.where(keep, scores, 0.0).to(operand), u, acc=y, input_precision=PRECISION)
             wrote = (z * tl.exp2(after)).to(operand)
             state = state * tl.exp2(of_chunk)[:, None]
@@ -173,5 +181,4 @@ def by_key(
     if LAST:
         tl.store(last + place, state, mask=inside)
     if (not OUTPUTS) and block == 0:
-        key = tl.arange(0, BK)
         tl.store(kept + (sequence * segments + segment) * KEY_DIM + key, tl.exp2(whole), mask=key < KEY_DIM)

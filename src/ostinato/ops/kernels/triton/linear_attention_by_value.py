@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, store_tile
-from ostinato.ops.kernels.triton.linear_attention_channels import TO_BASE_2, halving, load_channels, square, sums
+from ostinato.ops.kernels.triton.linear_attention_channels import bounded, halving, square, sums
 from ostinato.ops.kernels.triton.linear_attention_walk import state_block
 
 
@@ -19,6 +19,7 @@ def _outputs_by_halves(
     g,
     scores,
     y,
+    levels,
     ROWS: tl.constexpr,
     REVERSE: tl.constexpr,
     FINE: tl.constexpr,
@@ -27,14 +28,13 @@ def _outputs_by_halves(
 ):
     """y plus the outputs of `scores` (reader, written) off the diagonal."""
     step = tl.arange(0, ROWS)
-    size = 1
-    while size < ROWS:
+    for level in range(levels):
+        size = 1 << level
         between, late = halving(step, size)
         reads = late == 0 if REVERSE else late
         factor = tl.exp2(sums(between, g, FINE))
         chosen = tl.where(square(step, size, reads), scores, 0.0).to(operand)
         y += factor * tl.dot(chosen, (u * factor).to(operand), input_precision=PRECISION)
-        size *= 2
     return y
 
 
@@ -46,6 +46,9 @@ def by_value(
     beside,
     log_decay,
     reset,
+    centred,
+    totals,
+    strong,
     parts,
     initial,
     outputs,
@@ -58,6 +61,7 @@ def by_value(
     padded,
     heads,
     chunks,
+    levels,
     readers_batch,
     readers_time,
     readers_head,
@@ -80,8 +84,8 @@ def by_value(
     INITIAL: tl.constexpr,
     FINE: tl.constexpr,
     WIDE: tl.constexpr,
-    MILD: tl.constexpr,
     PRECISION: tl.constexpr,
+    STRONG: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Forwards: `products` is set to beside ⊙ outputs, without the pair of a step with itself, and the last state is
@@ -93,6 +97,8 @@ def by_value(
     block = program % blocks
     sequence = (program // blocks).to(tl.int64)
     segment = tl.program_id(1)
+    if tl.load(strong + sequence) != STRONG:
+        return
     batch, head = sequence // heads, sequence % heads
     first = block * BV
     readers += batch * readers_batch + head * readers_head
@@ -101,6 +107,8 @@ def by_value(
     beside += batch * beside_batch + head * beside_head
     own_rows = (batch * time * heads + head) * VALUE_DIM
     log_decay += own_rows
+    centred += own_rows
+    totals += sequence * (padded // ROWS) * VALUE_DIM
     outputs += own_rows
     gradient += own_rows
     products += sequence * time * VALUE_DIM
@@ -136,7 +144,6 @@ def by_value(
             start = (segment * chunks + index) * ROWS
         x = load_tile(readers, start, readers_time, time, 0, KEY_DIM, ROWS, BK)
         z = load_tile(written, start, written_time, time, 0, KEY_DIM, ROWS, BK)
-        g = load_channels(log_decay, reset, start, row, time, first, VALUE_DIM, ROWS, BV, RESET)
         u = load_tile(values, start, values_time, time, first, VALUE_DIM, ROWS, BV)
         at_end = start + step == time - 1
 
@@ -159,10 +166,10 @@ def by_value(
             leaves = leaves & (at_end == 0)
         scores = tl.where(keep, scores, 0.0)
 
-        of_chunk = tl.sum(g, axis=0)
-        if tl.min(of_chunk, axis=0) > -MILD:
+        of_chunk = tl.load(totals + start // ROWS * VALUE_DIM + channel, mask=channel < VALUE_DIM, other=0.0)
+        if STRONG == 0:
             half = 0.5 * of_chunk
-            total = sums(step[:, None] >= step[None, :], g, FINE) - half[None, :]
+            total = load_tile(centred, start, row, time, first, VALUE_DIM, ROWS, BV)
             if REVERSE:
                 total = -total
             wrote = (u * tl.exp2(-total)).to(operand)
@@ -177,6 +184,7 @@ def by_value(
             state = tl.dot(tl.trans(z).to(operand), wrote, acc=state, input_precision=PRECISION)
             state = state * tl.exp2(half)[None, :]
         else:
+            g = bounded(log_decay, reset, start, row, time, VALUE_DIM, ROWS, BV, RESET, first)
             before = sums(step[:, None] >= step[None, :], g, FINE)
             after = sums(step[:, None] < step[None, :], g, FINE)
             if REVERSE:
@@ -184,7 +192,7 @@ def by_value(
             y = tl.dot(x.to(operand), state.to(operand), input_precision=PRECISION) * tl.exp2(before)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
-            y = _outputs_by_halves(u, g, scores, y, ROWS, REVERSE, FINE, PRECISION, operand)
+            y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, operand)
             wrote = (tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after)).to(operand)
             state = state * (tl.exp2(of_chunk) * kept_of_state)[None, :]
             state = tl.dot(tl.trans(z).to(operand), wrote, acc=state, input_precision=PRECISION)
@@ -210,7 +218,8 @@ def by_value(
             else:
                 cumulated += carry[None, :]
                 carry += tl.sum(change, axis=0)
-            cumulated = tl.where(g <= FORGETS * TO_BASE_2, 0.0, cumulated)
+            forgets = load_tile(log_decay, start, row, time, first, VALUE_DIM, ROWS, BV) <= FORGETS
+            cumulated = tl.where(forgets, 0.0, cumulated)
             store_tile(gradient, start, row, time, first, cumulated, VALUE_DIM, ROWS, BV)
         else:
             store_tile(products, start, VALUE_DIM, time, first, product, VALUE_DIM, ROWS, BV)

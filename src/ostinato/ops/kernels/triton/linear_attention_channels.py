@@ -8,11 +8,12 @@ With G_ic the sum of channel c's log-decays up to and with step i,
 as in `linear_attention_walk`: readers, written and values in four roles, the state on chip.
 
 In a chunk the decay of a pair is the product of a reader's factor and a written step's. If no channel forgets by
-more than e^{−MILD} over the chunk, both are taken to the middle of the channel's range: e^{G_i − G_C/2} and
-e^{G_C/2 − G_j} lie within e^{±MILD/2}, far from the ends of the types' range, and one product of matrices gives all
-pairs. Else (strong decays) no positive exponent would do, and the chunk's lower triangle is cut in halves: the square
-of the late half of a block against its early half goes through the border between them, with both exponents ≤ 0,
-one product for all blocks of a size (`pairs_by_halves`).
+more than 2^−MILD over a chunk, both are taken to the middle of the channel's range: with base 2, 2^(G_i − G_C/2) and
+2^(G_C/2 − G_j) lie within 2^±(MILD/2), far from the ends of the types' range, and one product of matrices gives all
+pairs. For sequences with stronger decays no positive exponent would do, and the chunk's lower triangle is cut in
+halves: the square of the late half of a block against its early half goes through the border between them, with both
+exponents ≤ 0, one product for all blocks of a size. `channel_sums` says which sequences are which, and each walk is
+launched for both kinds; programs of the other kind return at once.
 
 The gradient of the log-decays is the flow of `linear_attention_walk`, for each channel; by_value cumulates it on its
 way back. All exponentials are to base 2.
@@ -25,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, store_tile
 
 TO_BASE_2 = tl.constexpr(1.4426950408889634)
 
@@ -42,17 +43,17 @@ def sums(which, of, FINE: tl.constexpr):
 
 
 @triton.jit
-def load_channels(
+def bounded(
     log_decay,
     reset,
     start,
     stride,
     time,
-    column,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RESET: tl.constexpr,
+    column,
 ):
     """Log-decays (ROWS, COLUMNS) in powers of two, bounded, and zero at a reset."""
     g = load_tile(log_decay, start, stride, time, column, WIDTH, ROWS, COLUMNS)
@@ -60,6 +61,41 @@ def load_channels(
     if RESET:
         g = tl.where((load_steps(reset, start, 1, time, ROWS) != 0)[:, None], 0.0, g)
     return g
+
+
+@triton.jit
+def channel_sums(
+    log_decay,
+    reset,
+    centred,
+    totals,
+    strong,
+    time,
+    heads,
+    MILD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RESET: tl.constexpr,
+):
+    """In each chunk, to base 2: G − G_C / 2 (batch, time, heads, WIDTH) and G_C (batch, heads, chunks, WIDTH).
+
+    Sets to 1 the entries of `strong` (batch, heads) whose sequences have a channel that forgets more than MILD.
+    """
+    chunk = tl.program_id(0)
+    start = chunk * ROWS
+    sequence = tl.program_id(1).to(tl.int64)
+    batch, head = sequence // heads, sequence % heads
+    rows = (batch * time * heads + head) * WIDTH
+    g = bounded(log_decay + rows, reset + batch * time, start, heads * WIDTH, time, WIDTH, ROWS, COLUMNS, RESET, 0)
+    of_chunk = tl.sum(g, axis=0)
+    at = sequence * tl.num_programs(0) + chunk
+    column = tl.arange(0, COLUMNS)
+    tl.store(totals + at * WIDTH + column, of_chunk, mask=column < WIDTH)
+    if tl.min(of_chunk, axis=0) <= -MILD:
+        tl.store(strong + sequence, 1)
+    e = tl.cumsum(g, axis=0) - 0.5 * of_chunk[None, :]
+    store_tile(centred + rows, start, heads * WIDTH, time, 0, e, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit

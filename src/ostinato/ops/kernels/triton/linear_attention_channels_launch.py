@@ -12,14 +12,15 @@ import triton
 from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype
+from ostinato.ops.kernels.triton import linear_attention_channels as kernels
 from ostinato.ops.kernels.triton.launch import dot_precision, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_by_key import by_key
 from ostinato.ops.kernels.triton.linear_attention_by_value import by_value
 from ostinato.ops.kernels.triton.linear_attention_heads import Plan, chunk_sums, enter, rowwise, segments, state_like
 
 MILD, MILD_FLOAT32 = 112.0, 24.0
-"""What a channel may forget in a chunk, as a logarithm to base 2, and be computed without halving: half of it is to stay
-within the types' range when exponentiated, and its rounding within float32's error where that matters."""
+"""What a channel may forget in a chunk, as a logarithm to base 2, and be computed without halving: half of it is to
+stay within the types' range when exponentiated, and its rounding within float32's error where that matters."""
 
 
 def plan_rows(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
@@ -53,6 +54,8 @@ class Walks(NamedTuple):
 
     log_decay: Tensor
     reset: Tensor | None
+    sums: tuple[Tensor, Tensor, Tensor]
+    """What `linear_attention_channels.channel_sums` makes of them."""
     parts: Tensor | None
     reverse: bool
     chunks: int
@@ -72,7 +75,6 @@ class Walks(NamedTuple):
             "INITIAL": initial is not None,
             "FINE": dtype == torch.float32,
             "WIDE": dtype == torch.float16,
-            "MILD": MILD_FLOAT32 if dtype == torch.float32 else MILD,
             "PRECISION": dot_precision(dtype),
             "STAGES": sizes.stages,
             "num_warps": sizes.warps,
@@ -92,18 +94,19 @@ class Walks(NamedTuple):
         initial: Tensor | None = None,
         last: Tensor | None = None,
         kept: Tensor | None = None,
-        options: dict[str, int] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> Tensor:
         """Outputs, or nothing with `kept`."""
         sizes = plan_by_key(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
         outputs = values.new_empty((0,) if kept is not None else values.shape)
         none = outputs
-        by_key[self._grid(values, sizes)](
+        arguments = (
             readers,
             written,
             values,
             self.log_decay,
             none if self.reset is None else self.reset,
+            *self.sums,
             none if self.parts is None else self.parts,
             none if initial is None else initial,
             outputs,
@@ -113,13 +116,16 @@ class Walks(NamedTuple):
             triton.cdiv(values.shape[1], self.rows) * self.rows,
             values.shape[2],
             self.chunks,
+            self.rows.bit_length() - 1,
             *readers.stride()[:3],
             *written.stride()[:3],
             *values.stride()[:3],
-            LAST=last is not None,
-            OUTPUTS=kept is None,
-            **self._shared(written, values, sizes, initial),
         )
+        shared = self._shared(written, values, sizes, initial)
+        for strong in (0, 1):
+            by_key[self._grid(values, sizes)](
+                *arguments, LAST=last is not None, OUTPUTS=kept is None, STRONG=strong, **shared
+            )
         return outputs
 
     def by_value(
@@ -134,18 +140,19 @@ class Walks(NamedTuple):
         last: Tensor | None = None,
         flow: Tensor | None = None,
         gradient: Tensor | None = None,
-        options: dict[str, int] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> Tensor:
         """Outputs. Forwards fills `products` and `last`; backwards reads `products` and `flow`, fills `gradient`."""
         sizes = plan_by_value(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
         outputs = torch.empty_like(values, memory_format=torch.contiguous_format)
-        by_value[self._grid(values, sizes)](
+        arguments = (
             readers,
             written,
             values,
             beside,
             self.log_decay,
             outputs if self.reset is None else self.reset,
+            *self.sums,
             outputs if self.parts is None else self.parts,
             outputs if initial is None else initial,
             outputs,
@@ -158,12 +165,15 @@ class Walks(NamedTuple):
             triton.cdiv(values.shape[1], self.rows) * self.rows,
             values.shape[2],
             self.chunks,
+            self.rows.bit_length() - 1,
             *readers.stride()[:3],
             *written.stride()[:3],
             *values.stride()[:3],
             *beside.stride()[:3],
-            **self._shared(written, values, sizes, initial),
         )
+        shared = self._shared(written, values, sizes, initial)
+        for strong in (0, 1):
+            by_value[self._grid(values, sizes)](*arguments, STRONG=strong, **shared)
         return outputs
 
     def entering(self, written: Tensor, values: Tensor, initial: Tensor | None, last: Tensor) -> Tensor | None:
@@ -178,6 +188,31 @@ class Walks(NamedTuple):
         return enter(added, kept, initial, last, self.reverse)
 
 
+def channel_sums(log_decay: Tensor, reset: Tensor | None, rows: int, mild: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Cumulative sums in each chunk, about the middle; those of the whole chunk; and which are strong."""
+    batch, time, heads, width = log_decay.shape
+    chunks = triton.cdiv(time, rows)
+    centred = torch.empty_like(log_decay, dtype=torch.float32)
+    totals = centred.new_empty(batch, heads, chunks, width)
+    strong = centred.new_zeros(batch, heads, dtype=torch.int32)
+    kernels.channel_sums[(chunks, batch * heads)](
+        log_decay,
+        centred if reset is None else reset,
+        centred,
+        totals,
+        strong,
+        time,
+        heads,
+        MILD=mild,
+        WIDTH=width,
+        ROWS=rows,
+        COLUMNS=max(16, power_of_two(width)),
+        RESET=reset is not None,
+        num_warps=4,
+    )
+    return centred, totals, strong
+
+
 def _prepared(
     queries: Tensor, values: Tensor, log_decay: Tensor, state: Tensor | None, reset: Tensor | None
 ) -> tuple[Walks, Tensor | None]:
@@ -187,7 +222,9 @@ def _prepared(
     _, parts = chunk_sums(None, reset, sizes.rows, values.dtype)
     reset = None if reset is None else reset.contiguous()
     chunks = segments(queries, sizes.rows, programs, sizes.warps)
-    walks = Walks(log_decay.contiguous(), reset, parts, False, chunks, sizes.rows)
+    log_decay = log_decay.contiguous()
+    sums = channel_sums(log_decay, reset, sizes.rows, MILD_FLOAT32 if values.dtype == torch.float32 else MILD)
+    walks = Walks(log_decay, reset, sums, parts, False, chunks, sizes.rows)
     return walks, None if state is None else state.to(accumulation_dtype(queries.dtype)).contiguous()
 
 

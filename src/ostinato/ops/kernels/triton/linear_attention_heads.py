@@ -6,7 +6,7 @@ The kernels, and the mathematics, are in `linear_attention_walk`.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -125,7 +125,7 @@ class Walk(NamedTuple):
         last: Tensor | None = None,
         kept: Tensor | None = None,
         beside: Tensor | None = None,
-        options: dict[str, int] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Outputs (or nothing, with `kept`) and the inner products with `beside`, by block of value channels.
 
