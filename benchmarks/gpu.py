@@ -362,13 +362,23 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 
 
-def speed(names: list[str], peers: bool, ceiling: dict[str, float]) -> list[Row]:
+def speed(
+    names: list[str], peers: bool, tuned: set[str], ceiling: dict[str, float], save: Callable[[list[Row]], None]
+) -> list[Row]:
     """Forward, and forward with backward: ours, the peers, the floor, and the peak memory of training."""
-    rows = []
+    rows: list[Row] = []
     for name in names:
-        call = CALLS[name]()
+        try:
+            call = CALLS[name]()
+            call.ours.training()
+        except Exception as error:
+            print(f"FAILED: {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            rows.append({"call": name, "failed": f"{type(error).__name__}: {error}"})
+            continue
         sides = {"ours": call.ours}
         for peer, make in call.peers.items() if peers else ():
+            if peer == "flash-linear-attention" and name not in tuned:
+                continue
             try:
                 side = make()
                 side.training()
@@ -412,6 +422,7 @@ def speed(names: list[str], peers: bool, ceiling: dict[str, float]) -> list[Row]
             )
         del call, sides
         torch.cuda.empty_cache()
+        save(rows)
     return rows
 
 
@@ -488,15 +499,15 @@ def with_fla_layers(model: Any) -> Any:
     return model
 
 
-def training(steps: int = 24, batch: int = 8, window: int = 2048, peers: bool = True) -> list[Row]:
+def training(peers: bool, compiled: bool, steps: int = 16, batch: int = 8, window: int = 2048) -> list[Row]:
     """Tokens a second of `fit`, bf16, 12 layers of width 768, ours and the same model on the peer's layers."""
-    from ostinato.training import fit
 
     task = ostinato.task("text", corpus="stdlib", window=window, carry=False, max_bytes=4_000_000)
-    makers = {"ours": language_model, "ours, compiled": language_model}
+    makers = {"ours": language_model}
     if peers:
         makers["flash-linear-attention layers"] = lambda: with_fla_layers(language_model())
-        makers["flash-linear-attention layers, compiled"] = makers["flash-linear-attention layers"]
+    if compiled:
+        makers |= {f"{name}, compiled": make for name, make in makers.items()}
     rows = []
     for name, make in makers.items():
         try:
@@ -510,7 +521,7 @@ def training(steps: int = 24, batch: int = 8, window: int = 2048, peers: bool = 
                 torch.cuda.synchronize()
                 ends.append(time.perf_counter())
 
-            history = fit(
+            history = ostinato.fit(
                 model, task, steps=steps, batch_size=batch, learning_rate=1e-3, mixed_precision="bf16",
                 evaluate_every=0, evaluation_batches=1, progress=False, callbacks=[note],
             )  # fmt: skip
@@ -536,7 +547,7 @@ def training(steps: int = 24, batch: int = 8, window: int = 2048, peers: bool = 
     return rows
 
 
-def streaming() -> list[Row]:
+def streaming(compiled: bool) -> list[Row]:
     """Microseconds for one token, batch 1, of the same model in bf16: plain, as a CUDA graph, compiled."""
     from ostinato.models.captured import CapturedStep
 
@@ -551,6 +562,8 @@ def streaming() -> list[Row]:
         "CUDA graph, compiled": lambda: (lambda step: lambda: step(token))(CapturedStep(model, state, compile=True)),
     }
     for name, make in ways.items():
+        if "compiled" in name and not compiled:
+            continue
         try:
             call = make()
             for _ in range(10):
@@ -572,10 +585,15 @@ def streaming() -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", default="first,speed,lengths,streaming,training", help="which parts, separated by commas"
+        "--only", default="speed,training,streaming,compiled,lengths,first", help="which parts, separated by commas"
     )
     parser.add_argument("--calls", default=",".join(CALLS), help="which calls, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="time only ours")
+    parser.add_argument(
+        "--fla",
+        default=",".join(CALLS),
+        help="calls for which flash-linear-attention is timed, too: it tunes for minutes",
+    )
     parser.add_argument("--first", help="run one call once and stop: what the part `first` starts")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/gpu.json"))
     options = parser.parse_args()
@@ -595,17 +613,23 @@ def main() -> None:
         "ostinato": ostinato.__version__,
         "ceilings": ceiling,
     }
-    if "first" in parts:
-        report["first result"] = first_results(names)
+
+    def save(part: str, found: Any) -> None:
+        report[part] = found
+        write_json(options.out, report)
+
+    peers = not options.no_peers
     if "speed" in parts:
-        report["speed"] = speed(names, not options.no_peers, ceiling)
-    if "lengths" in parts:
-        report["lengths"] = lengths()
-    if "streaming" in parts:
-        report["streaming"] = streaming()
+        tuned = set(options.fla.split(","))
+        save("speed", speed(names, peers, tuned, ceiling, lambda rows: save("speed", rows)))
     if "training" in parts:
-        report["training"] = training(peers=not options.no_peers)
-    write_json(options.out, report)
+        save("training", training(peers=peers, compiled="compiled" in parts))
+    if "streaming" in parts:
+        save("streaming", streaming(compiled="compiled" in parts))
+    if "lengths" in parts:
+        save("lengths", lengths())
+    if "first" in parts:
+        save("first result", first_results(names))
     print(f"written to {options.out}")
 
 
