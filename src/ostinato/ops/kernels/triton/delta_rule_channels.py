@@ -28,7 +28,7 @@ from ostinato.ops.kernels.triton.delta_rule_chunks import (
     ROWS,
     WRITE,
     token_decays,
-    unit_lower_inverse,
+    unit_lower_quotient,
 )
 
 
@@ -191,7 +191,7 @@ def prepare(
         kept = level_kept(token, row_token, query_segment, segment, size)
         score += tl.where(kept, tl.dot(asked, tl.trans(decayed), input_precision=PRECISION), 0.0)
     lower = tl.where(row[:, None] > row[None, :], lower, 0.0)
-    solved = tl.dot(lower, unit_lower_inverse(rate[:, None] * lower, C, SOLVE), input_precision=SOLVE)
+    solved = unit_lower_quotient(lower, rate, C, SOLVE)
     place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
     tl.store(place, solved.to(inverse.dtype.element_ty))
     place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]

@@ -62,6 +62,17 @@ def unit_lower_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def unit_lower_quotient(lower, rate, C: tl.constexpr, PRECISION: tl.constexpr):
+    """L (I + βL)⁻¹, which is (I − (I + βL)⁻¹) / β, of a strictly lower triangular L, (C, C).
+
+    Its rows are proportional to those of βL, so that a β of 0 can be a very small one.
+    """
+    safe = tl.where(tl.abs(rate) > 1e-20, rate, 1e-20)[:, None]
+    below = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+    return tl.where(below, unit_lower_inverse(safe * lower, C, PRECISION) / -safe, 0.0)
+
+
+@triton.jit
 def load_decays(log_decay, position, stride, taken):
     """Log-decays at `position` of a chunk, bounded; 0 where not `taken`."""
     return tl.maximum(tl.load(log_decay + position * stride, mask=taken, other=0.0).to(tl.float32), FORGETS)
@@ -177,37 +188,23 @@ def prepare(
         query_decay, query_segment = token_decays(log_decay + origin, flags, token, heads, token_in, DECAY, RESET)
         query_total = tl.cumsum(query_decay, 0)
 
-    place = start * K + row[:, None] * (heads * K) + key[None, :]
-    k = tl.load(keys + place, mask=row_in[:, None] & (key < K)[None, :], other=0.0)
-    place = origin * K + token[:, None] * (heads * K) + key[None, :]
-    q = tl.load(queries + place, mask=token_in[:, None] & (key < K)[None, :], other=0.0)
+    # First the keys. Their squared lengths are on the diagonal of their scores.
+    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+    key_mask = row_in[:, None] & (key < K)[None, :]
+    k = tl.load(keys + key_offset, mask=key_mask, other=0.0)
+    lower = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    key_scale = tl.full([C], 1.0, tl.float32)
+    if NORMALIZE:
+        squares = tl.where(row[:, None] == row[None, :], lower, 0.0)
+        key_scale = tl.rsqrt(tl.sum(squares, 0) + EPS)
+        lower *= tl.rsqrt(tl.sum(squares, 1) + EPS)[:, None] * key_scale[None, :]
+    kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
+    lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
+    lower = tl.where(kept, lower, 0.0)
     if BETA:
         rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
     else:
         rate = row_in.to(tl.float32)
-    if NORMALIZE:
-        wide = k.to(tl.float32)
-        key_scale = tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
-        wide_query = q.to(tl.float32)
-        query_scale = tl.rsqrt(tl.sum(wide_query * wide_query, 1) + EPS)
-    else:
-        key_scale = tl.full([C], 1.0, tl.float32)
-        query_scale = tl.full([BQ], 1.0, tl.float32)
-
-    kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
-    lower = tl.dot(k, tl.trans(k), input_precision=PRECISION) * key_scale[:, None] * key_scale[None, :]
-    lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
-    lower = tl.where(kept, lower, 0.0)
-    solved = tl.dot(lower, unit_lower_inverse(rate[:, None] * lower, C, SOLVE), input_precision=SOLVE)
-    place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
-    tl.store(place, solved.to(inverse.dtype.element_ty))
-
-    kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * query_scale[:, None] * key_scale[None, :]
-    score *= pair_decays(query_decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
-    place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]
-    tl.store(place, tl.where(kept, score, 0.0).to(scores.dtype.element_ty))
-
     factor = factors + chunk * (ROWS * C)
     tl.store(factor + READ * C + row, entered * key_scale)
     tl.store(factor + WRITE * C + row, left * key_scale)
@@ -215,6 +212,26 @@ def prepare(
     tl.store(factor + TOTAL * C + row, total)
     tl.store(factor + SEGMENT * C + row, segment.to(tl.float32))
     tl.store(factor + KEY * C + row, key_scale)
+    tl.store(carried + chunk, through)
+    solved = unit_lower_quotient(lower, rate, C, SOLVE)
+    place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
+    tl.store(place, solved.to(inverse.dtype.element_ty))
+
+    # Then the queries.
+    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+    q = tl.load(queries + query_offset, mask=token_in[:, None] & (key < K)[None, :], other=0.0)
+    k = tl.load(keys + key_offset, mask=key_mask, other=0.0)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * key_scale[None, :]
+    query_scale = tl.full([BQ], 1.0, tl.float32)
+    if NORMALIZE:
+        squares = tl.dot(q, tl.trans(q), input_precision=PRECISION)
+        squares = tl.where(token[:, None] == token[None, :], squares, 0.0)
+        query_scale = tl.rsqrt(tl.sum(squares, 1) + EPS)
+        score *= query_scale[:, None]
+    kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
+    score *= pair_decays(query_decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
+    place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]
+    tl.store(place, tl.where(kept, score, 0.0).to(scores.dtype.element_ty))
     query_entered = tl.exp(query_total) if DECAY else tl.full([BQ], 1.0, tl.float32)
     query_entered = tl.where(query_segment == 0, query_entered, 0.0)
     token_in = token < C
@@ -222,7 +239,6 @@ def prepare(
     tl.store(factor + QUERY_TOTAL * C + token, query_total, mask=token_in)
     tl.store(factor + QUERY_SEGMENT * C + token, query_segment.to(tl.float32), mask=token_in)
     tl.store(factor + QUERY * C + token, query_scale, mask=token_in)
-    tl.store(carried + chunk, through)
 
 
 @triton.jit

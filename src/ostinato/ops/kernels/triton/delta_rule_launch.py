@@ -22,6 +22,8 @@ class Plan(NamedTuple):
     heads: int
     key_dim: int
     value_dim: int
+    half: bool
+    """Whether the inputs are of half precision."""
     micro: int
     """Rows to a token."""
     chunk: int
@@ -96,12 +98,19 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
     per_chunk = chunk // micro
     widest = min(64, 8192 // key_block, all_values) if half else min(32, all_values)
     chunks = _cdiv(tokens, per_chunk)
+    found_card = card(queries.device)
+    # A stage of a walk holds tiles of queries, keys (two forms of them, if decays are per channel) and values, Y and P.
+    width = queries.element_size()
+    stage = chunk * (key_block * (3 if channels else 2) + widest + 2 * chunk) * width
+    room = found_card.shared_memory - (key_block + 2 * chunk) * widest * width
+    stages = max(1, min(3, room // stage))
     found = Plan(
         batch=batch,
         tokens=tokens,
         heads=heads,
         key_dim=key_dim,
         value_dim=value_dim,
+        half=half,
         micro=micro,
         chunk=chunk,
         chunks=chunks,
@@ -109,23 +118,28 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
         key_block=key_block,
         value_block=widest,
         walk_warps=4,
-        walk_stages=3,
+        walk_stages=stages,
         back_block=widest,
         back_warps=4,
-        back_stages=3,
+        back_stages=stages,
         gradient_block=min(64 if half and key_block <= 128 else 32, all_values),
         gradient_warps=8,
         gradient_stages=1,
         gradient_registers=None,
         prepare_warps=8 if channels else 4,
         prepare_registers=None,
-        segment=_segment(chunks, batch * heads * _cdiv(value_dim, widest), card(queries.device).processors),
+        segment=chunks
+        if key_block > 128
+        else _segment(chunks, batch * heads * _cdiv(value_dim, widest), found_card.processors),
     )
     return found._replace(**OVERRIDES) if OVERRIDES else found
 
 
 def _segment(chunks: int, programs: int, processors: int) -> int:
-    """Chunks to a segment: all where the heads occupy half the card, else as few as fill it, three walks then."""
+    """Chunks to a segment: all where the heads occupy half the card, else as few as fill it, three walks then.
+
+    The transition of a segment has to fit shared memory: there are none where keys are longer than 128.
+    """
     if 2 * programs > processors:
         return chunks
     return min(chunks, max(SHORTEST_SEGMENT, _cdiv(chunks, 2 * processors // programs)))
@@ -332,6 +346,7 @@ def _enter(
         BV=block,
         INITIAL=initial is not None,
         BACK=back,
+        PRECISION="tf32" if p.half else "tf32x3",
         num_warps=8,
     )
     return entering

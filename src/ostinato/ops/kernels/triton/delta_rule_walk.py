@@ -261,6 +261,7 @@ def enter(
     BV: tl.constexpr,
     INITIAL: tl.constexpr,
     BACK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """S ← M S + B from segment to segment; BACK: S ← Mᵀ S + B from the last on. Grid: (value blocks, batch × heads)."""
     pair = tl.program_id(1).to(tl.int64)
@@ -270,10 +271,10 @@ def enter(
         state = load_state(initial, pair, key, value, K, V).to(tl.float32)
     else:
         state = tl.zeros([BK, BV], tl.float32)
-    for step in tl.range(0, segments):
+    for step in tl.range(0, segments, num_stages=2):
         place = pair * segments + (segments - 1 - step if BACK else step)
         store_state(entering, place, key, value, state, K, V)
         transition = load_state(transitions, place, key, key, K, K)
         transition = tl.trans(transition) if BACK else transition
-        state = tl.dot(transition, state, load_state(added, place, key, value, K, V), input_precision="ieee")
+        state = tl.dot(transition, state, load_state(added, place, key, value, K, V), input_precision=PRECISION)
     store_state(final, pair, key, value, state, K, V)
