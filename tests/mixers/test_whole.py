@@ -10,8 +10,11 @@ import torch
 import ostinato
 from ostinato.errors import ConfigurationError, LawError, StateError
 from ostinato.mixers import registry
+from ostinato.mixers.multi_scan_gla import MultiScanGLA
 from ostinato.mixers.whole import WholeMixer
+from ostinato.mixers.whole_attention import WholeAttention
 from ostinato.models.vector_classifier import VectorClassifier
+from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.sequences import places, same_sequence, sequence_max, sequence_softmax, sequence_sum, whole_attention
 from ostinato.testing.whole import check_whole_mixer
 
@@ -75,3 +78,37 @@ def test_whole_attention_is_its_masked_matrix() -> None:
         mask = 1.0 if reset is None else same_sequence(reset).unsqueeze(1).double()
         wanted = torch.einsum("bhij,bjhv->bihv", scores * mask, v)
         assert torch.allclose(whole_attention(q, k, v, reset=reset), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"rope": False}, {"grid": (3, 4)}])
+def test_whole_attention_is_torchs(options: dict[str, Any]) -> None:
+    mixer = WholeAttention(16, heads=2, **options)
+    assert check_whole_mixer(mixer, length=12, resets="grid" not in options).ok
+    if not options.get("rope", True):
+        peer = torch.nn.MultiheadAttention(16, 2, bias=False, batch_first=True)
+        with torch.no_grad():
+            peer.in_proj_weight.copy_(torch.cat([to.weight for to in (mixer.to_query, mixer.to_key, mixer.to_value)]))
+            peer.out_proj.weight.copy_(mixer.to_output.weight)
+        x = torch.randn(2, 5, 16)
+        assert torch.allclose(mixer(x)[0], peer(x, x, x)[0], atol=1e-5)
+    else:
+        with pytest.raises(ConfigurationError, match="cannot be packed"):
+            mixer(torch.randn(1, 12, 16), reset=torch.zeros(1, 12, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("scans", "grid"), [(1, None), (1, (3, 4)), (2, (3, 4)), (4, (3, 4))])
+def test_scans_of_a_grid_are_sums_of_orders(scans: int, grid: tuple[int, int] | None) -> None:
+    mixer = MultiScanGLA(8, heads=2, scans=scans, grid=grid).double()
+    assert check_whole_mixer(mixer, length=12, resets=grid is None).ok
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    total = torch.zeros(())
+    gla = mixer.gla
+    by_columns = torch.arange(12).view(3, 4).T.flatten()
+    orders = [torch.arange(12), torch.arange(12).flip(0), by_columns, by_columns.flip(0)][:scans]
+    for order in orders:
+        q, k, v, _ = gla.project(x[:, order], None, None)
+        y, _ = linear_attention(q * gla.key_dim**-0.5, k, v, gla.log_decay(x[:, order]))
+        total = total + y[:, order.argsort()]
+    assert torch.allclose(mixer(x)[0], gla.read_out(total, x), atol=1e-12)
+    with pytest.raises(ConfigurationError, match="scans are 1, 2, or 4"):
+        MultiScanGLA(8, scans=4)

@@ -33,8 +33,8 @@ COLUMNS = (
     "source",
 )
 
-# Leaves of a state that hold past inputs, or the stabiliser of an exponential gate: not memory.
-_NOT_MEMORY = {"window", "convolution", "previous", "maximum"}
+# Leaves of a state that hold past inputs, the stabiliser of an exponential gate, or a running normaliser: not memory.
+_NOT_MEMORY = {"window", "convolution", "previous", "maximum", "log_weight"}
 # Leaves of complex numbers: a last axis of (real, imaginary), which a rotation may mix.
 _COMPLEX = {"hidden", "coordinates"}
 # Leaves that count in units of exp(maximum), where a state has a stabiliser.
@@ -113,7 +113,9 @@ def _columns(
 
     def fill(leaf: Tensor) -> Tensor:
         path = next(paths)
-        return parts[path].reshape(leaf.shape).clone() if path in parts else leaf
+        if path in parts:
+            return parts[path].reshape(leaf.shape).clone()
+        return leaf.clamp(min=0)  # a normaliser of nothing, log 0, would say that the memory is empty
 
     _, after = layer.step(x.expand(2 * rows, -1), ostinato.state.map(fill, start))
     found = dict(ostinato.state.leaves(after))

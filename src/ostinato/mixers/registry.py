@@ -17,10 +17,12 @@ _BUILT_IN = {
     "gated_delta_net": "gated_delta_net:GatedDeltaNet",
     "gated_delta_product": "delta_product:GatedDeltaProduct",
     "gated_slot_attention": "gated_slot_attention:GatedSlotAttention",
+    "gated_convolution": "gated_convolution:GatedConvolution",
     "gla": "gla:GLA",
     "gru": "gru:GRU",
     "hgrn2": "hgrn2:HGRN2",
     "kimi_delta_attention": "kimi_delta_attention:KimiDeltaAttention",
+    "lightnet": "lightnet:LightNet",
     "linear_attention": "linear_attention:LinearAttention",
     "lru": "lru:LRU",
     "lstm": "lstm:LSTM",
@@ -46,6 +48,14 @@ _BUILT_IN = {
 # they keep a part of the law alone.
 _WHOLE: dict[str, str] = {
     "hydra": "hydra:Hydra",
+    "multi_scan_gla": "multi_scan_gla:MultiScanGLA",
+    "whole_attention": "whole_attention:WholeAttention",
+    "whole_lightnet": "lightnet:WholeLightNet",
+}
+
+# Causal but for a prompt that is read in one piece: the whole law without one, a part of it with one.
+_PREFIX = {
+    "prefix_linear_attention": "prefix_linear_attention:PrefixLinearAttention",
 }
 
 _registered: dict[str, type[Mixer]] = {}
@@ -61,13 +71,18 @@ def whole_mixers() -> list[str]:
     return sorted(_WHOLE)
 
 
+def prefix_mixers() -> list[str]:
+    """The names of the mixers that read a prompt in one piece, in alphabetical order."""
+    return sorted(_PREFIX)
+
+
 def mixer_class(name: str) -> type[Mixer]:
     """The class of a name; raises `UnknownNameError`, which names the nearest."""
     if name in _registered:
         return _registered[name]
-    built_in = _BUILT_IN | _WHOLE
+    built_in = _BUILT_IN | _WHOLE | _PREFIX
     if name not in built_in:
-        raise UnknownNameError("mixer", name, [*mixers(), *whole_mixers()])
+        raise UnknownNameError("mixer", name, [*mixers(), *whole_mixers(), *prefix_mixers()])
     module, _, attribute = built_in[name].partition(":")
     return getattr(import_module(f"ostinato.mixers.{module}"), attribute)
 
@@ -96,7 +111,7 @@ def register(name: str, cls: type[Mixer], *, check: bool = True) -> None:
     """
     if not (isinstance(cls, type) and issubclass(cls, Mixer)):
         raise ConfigurationError(f"{cls!r} is not a subclass of ostinato.Mixer")
-    if name in _BUILT_IN or name in _WHOLE:
+    if name in _BUILT_IN or name in _WHOLE or name in _PREFIX:
         raise ConfigurationError(f"{name!r} is a built-in mixer; choose another name")
     if not name.isidentifier():
         raise ConfigurationError(f"a mixer's name is an identifier such as my_mixer, got {name!r}")
