@@ -44,6 +44,10 @@ class Figure:
     levels: dict[str, float] = field(default_factory=dict)
 
 
+class Strong(str):
+    """Text of a table that stands out: the best of a column."""
+
+
 def provenance() -> dict[str, str]:
     """What stands under every figure: the processor, the threads, the versions."""
     import os
@@ -98,7 +102,7 @@ class Page:
         head = "".join(f"<th{kind}>{html.escape(h)}</th>" for h, kind in zip(headers, kinds, strict=True))
         body = []
         for row in rows:
-            cells = (f"<td{kind}>{html.escape(number(cell))}</td>" for cell, kind in zip(row, kinds, strict=True))
+            cells = (f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
             body.append(f"<tr>{''.join(cells)}</tr>")
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         self._parts.append(f'<div class="wide">{table}</div>')
@@ -217,6 +221,11 @@ def save_png(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path)
+
+
+def _cell(value: Any) -> str:
+    text = html.escape(number(value))
+    return f"<strong>{text}</strong>" if isinstance(value, Strong) else text
 
 
 def _is_number(value: Any) -> bool:

@@ -26,6 +26,23 @@ def test_recall_against_a_dictionary(filling: bool) -> None:
             assert all(tokens[p] == 0 for p in range(10, 40) if p not in asked)
 
 
+def test_recall_of_several_sizes() -> None:
+    task = MultiQueryRecall(vocabulary=32, sizes=((16, 4), (24, 5)), test_size=8)
+    trained = [task.train_batch(step, 4, seed=0) for step in range(12)]
+    assert {(batch.inputs.shape[1], int(batch.mask.sum(1)[0])) for batch in trained} == {(16, 4), (24, 5)}
+    tested = [(batch.split, int(batch.mask.sum(1)[0])) for batch in task.test_batches()]
+    assert tested == [("length 16", 4), ("length 24", 5)]
+    one = MultiQueryRecall(vocabulary=32, length=24, pairs=5, test_size=8)
+    assert (next(iter(one.test_batches())).inputs == list(task.test_batches())[1].inputs).all()
+    assert task.baselines()["last value"] == pytest.approx((4 / 4 + 5 / 5) / (4 + 5))
+
+
+@pytest.mark.parametrize("sizes", [((16, 4), (16, 3)), ((16, 5),)])
+def test_bad_sizes(sizes: tuple) -> None:
+    with pytest.raises(ConfigurationError):
+        MultiQueryRecall(vocabulary=32, sizes=sizes)
+
+
 def test_early_gaps_are_likelier() -> None:
     early = MultiQueryRecall(vocabulary=32, length=64, pairs=2, power=0.01).train_batch(0, 512, 0)
     even = MultiQueryRecall(vocabulary=32, length=64, pairs=2, power=1.0).train_batch(0, 512, 0)

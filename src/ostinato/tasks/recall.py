@@ -30,9 +30,19 @@ class MultiQueryRecall(GeneratedTask):
     random_filling: bool = True
     tested_lengths: tuple[int, ...] = ()
     """Other lengths to test at, besides `length`."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Several (length, pairs) instead of one: each training batch is of one of them, drawn at random, and each is
+    tested. `length` and `pairs` then say nothing."""
 
     def __post_init__(self) -> None:
         self.tested_lengths = tuple(self.tested_lengths)
+        self.sizes = tuple((length, pairs) for length, pairs in self.sizes)
+        if self.sizes:
+            require(not self.tested_lengths, "sizes are tested themselves: leave out tested_lengths")
+            require(len(dict(self.sizes)) == len(self.sizes), f"the lengths of sizes must differ, got {self.sizes}")
+            for length, pairs in self.sizes:
+                MultiQueryRecall(vocabulary=self.vocabulary, length=length, pairs=pairs)
+            return
         require(self.vocabulary >= 4 and self.vocabulary % 2 == 0, "vocabulary must be even and at least 4")
         require(
             1 <= self.pairs < self.vocabulary // 2,
@@ -56,23 +66,26 @@ class MultiQueryRecall(GeneratedTask):
 
     @property
     def test_lengths(self) -> tuple[int, ...]:
-        """`length`, and `tested_lengths`."""
-        return (self.length, *self.tested_lengths)
+        """`length`, and `tested_lengths`; or those of `sizes`."""
+        return tuple(dict(self.sizes)) or (self.length, *self.tested_lengths)
 
     def generate(self, rng: np.random.Generator, rows: int, length: int | None = None) -> Batch:
         """Sequences of shape (rows, length)."""
+        if self.sizes:
+            length = length or self.sizes[rng.integers(len(self.sizes))][0]
         length = length or self.length
+        pairs = dict(self.sizes).get(length, self.pairs)
         half = self.vocabulary // 2
-        keys = 1 + _choose(rng, rows, np.zeros(half - 1), self.pairs)
-        values = half + _choose(rng, rows, np.zeros(half), self.pairs)
-        gaps = np.arange(1, (length - 2 * self.pairs) // 2 + 1)
-        asked = 2 * self.pairs + 2 * _choose(rng, rows, (self.power - 1) * np.log(gaps), self.pairs)
+        keys = 1 + _choose(rng, rows, np.zeros(half - 1), pairs)
+        values = half + _choose(rng, rows, np.zeros(half), pairs)
+        gaps = np.arange(1, (length - 2 * pairs) // 2 + 1)
+        asked = 2 * pairs + 2 * _choose(rng, rows, (self.power - 1) * np.log(gaps), pairs)
 
         inputs = rng.integers(0, self.vocabulary, (rows, length))
         if not self.random_filling:
             inputs[:] = 0
-        inputs[:, 0 : 2 * self.pairs : 2] = keys
-        inputs[:, 1 : 2 * self.pairs : 2] = values
+        inputs[:, 0 : 2 * pairs : 2] = keys
+        inputs[:, 1 : 2 * pairs : 2] = values
         np.put_along_axis(inputs, asked, keys, axis=1)
         targets = np.zeros_like(inputs)
         np.put_along_axis(targets, asked, values, axis=1)
@@ -84,7 +97,8 @@ class MultiQueryRecall(GeneratedTask):
         """The most frequent answer; and, measured, the value that stood last before the queries."""
         right, count = 0, 0
         for batch in self.test_batches():
-            last = batch.inputs[:, 2 * self.pairs - 1 : 2 * self.pairs]
+            end = 2 * dict(self.sizes).get(batch.inputs.shape[1], self.pairs)
+            last = batch.inputs[:, end - 1 : end]
             right += int(((batch.targets == last) & batch.mask).sum())
             count += int(batch.mask.sum())
         return {**super().baselines(), "last value": right / count}
