@@ -48,6 +48,7 @@ _BUILT_IN = {
 # they keep a part of the law alone.
 _WHOLE: dict[str, str] = {
     "hydra": "hydra:Hydra",
+    "matrix_mixer": "matrix_mixer:MatrixMixer",
     "multi_scan_gla": "multi_scan_gla:MultiScanGLA",
     "whole_attention": "whole_attention:WholeAttention",
     "whole_lightnet": "lightnet:WholeLightNet",
