@@ -30,6 +30,9 @@ from ostinato.ops.kernels.triton.exponential_attention_launch import WIDEST
 from ostinato.ops.kernels.triton.exponential_attention_memory import outputs_kernel
 from ostinato.ops.kernels.triton.launch import power_of_two, without_second_derivative
 
+_Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""h, the last state's three, and what is kept: states that enter segments, normalisers that do, and the gates' four."""
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,6 +51,27 @@ def declines(queries: Tensor, *_: Any) -> str | None:
     return "a single step needs no chunks" if queries.shape[1] == 1 else None
 
 
+def _empty(
+    call: launches.Call, values: Tensor, has_reset: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, launches.Gates]:
+    """h, the last memory and normaliser, and what the gradients need: the states that enter segments, the gates."""
+    shape = (call.batch, call.heads, call.keys)
+    segments = launches.outputs_walk(call).segments
+    entering = (call.rows, segments if segments > 1 else 0, call.keys)
+    return (
+        torch.empty_like(values),
+        values.new_empty(*shape, call.values, dtype=torch.float32),
+        values.new_empty(shape, dtype=torch.float32),
+        values.new_empty(*entering, call.values, dtype=torch.float32),
+        values.new_empty(entering, dtype=torch.float32),
+        launches.empty_gates(call, values, has_reset),
+    )
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 @torch.library.custom_op("ostinato::exponential_attention", mutates_args=())
 def _forward(
     queries: Tensor,
@@ -60,49 +84,28 @@ def _forward(
     maximum: Tensor | None,
     reset: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Made:
     call = launches.call(queries, values)
     queries, keys, values = launches.whole(queries), launches.whole(keys), launches.whole(values)
-    gates = launches.gates(call, log_input.contiguous(), log_forget.contiguous(), _flat(maximum), _flat(reset))
+    outputs, last, last_sum, *start, gates = _empty(call, values, reset is not None)
+    launches.gates(call, gates, log_input.contiguous(), log_forget.contiguous(), _flat(maximum), _flat(reset))
+    reach, source, enter, leave, inverse, side = gates.per_token[:6].unbind(0)
+    initial: tuple[Tensor | None, Tensor | None] = (_flat(memory), _flat(normalizer))
     walk = launches.outputs_walk(call)
-    leaving = (gates.leave, gates.leave, gates.carried, (_flat(memory), _flat(normalizer)))
-    initial = launches.entering(call, walk, keys, values, *leaving, reverse=False)
-    outputs = torch.empty_like(values)
-    inverse, side = torch.empty_like(gates.reach), torch.empty_like(gates.reach)
-    last = inverse.new_empty(call.batch, call.heads, call.keys, call.values)
-    last_sum = inverse.new_empty(call.batch, call.heads, call.keys)
+    if walk.segments > 1:
+        launches.entering(call, start, keys, values, leave, leave, gates.carried, initial, reverse=False)
+        initial = (start[0], start[1])
     of_keys, of_values = (call.length, walk.block_keys), (call.length, walk.block_values)
     outputs_kernel[(-(-call.values // walk.block_values), call.rows * walk.segments)](
-        launches.sequence(queries, *of_keys),
-        launches.sequence(keys, *of_keys),
-        launches.sequence(values, *of_values),
-        *gates[:-1],
-        *initial,
-        launches.sequence(outputs, *of_values),
-        inverse,
-        side,
-        last,
-        last_sum,
-        call.time,
-        call.heads,
-        call.chunks,
-        walk.segment,
-        walk.segments,
-        eps,
-        HAS_INITIAL=initial[0] is not None,
-        HAS_RESET=reset is not None,
-        EXACT=call.exact,
-        BLOCK_KEYS=walk.block_keys,
-        BLOCK_VALUES=walk.block_values,
-        STAGES=walk.stages,
-        num_warps=walk.warps,
+        launches.sequence(queries, *of_keys), launches.sequence(keys, *of_keys), launches.sequence(values, *of_values),
+        gates.per_token[-1], reach, source, enter, leave, gates.carried, gates.maximum, gates.first_token, *initial,
+        launches.sequence(outputs, *of_values), inverse, side, last, last_sum,
+        call.time, call.heads, call.chunks, walk.segment, walk.segments, eps,
+        HAS_INITIAL=initial[0] is not None, HAS_RESET=reset is not None, EXACT=call.exact,
+        BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, STAGES=walk.stages, num_warps=walk.warps,
         **call.dimensions(),
-    )
-    return outputs, last, last_sum, gates.last_maximum, inverse, side
-
-
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    )  # fmt: skip
+    return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1]  # type: ignore[return-value]
 
 
 @_forward.register_fake
@@ -117,19 +120,10 @@ def _(
     maximum: Tensor | None,
     reset: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = launches.call(queries, values)
-    states = queries.new_empty(call.batch, call.heads, call.keys, call.values, dtype=torch.float32)
-    inverse = states.new_empty(call.rows, call.chunks * call.length)
-    outputs = values.new_empty(values.shape)
-    return (
-        outputs,
-        states,
-        states.new_empty(states.shape[:3]),
-        states.new_empty(states.shape[:2]),
-        inverse,
-        torch.empty_like(inverse),
-    )
+) -> _Made:
+    outputs, last, last_sum, *start, gates = _empty(launches.call(queries, values), values, reset is not None)
+    outputs = outputs.contiguous()
+    return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1]  # type: ignore[return-value]
 
 
 @torch.library.custom_op("ostinato::exponential_attention_backward", mutates_args=())
@@ -151,33 +145,26 @@ def _backward(
     outputs: Tensor,
     last: Tensor,
     last_sum: Tensor,
-    inverse: Tensor,
-    side: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entering: Tensor,
+    entering_sum: Tensor,
+    per_token: Tensor,
+    maxima: Tensor,
+    first_token: Tensor,
+    carried: Tensor,
+) -> _Gradients:
     call = launches.call(queries, values)
     queries, keys, values, grads = map(launches.whole, (queries, keys, values, grads))
     log_input, log_forget, reset = log_input.contiguous(), log_forget.contiguous(), _flat(reset)
     memory, normalizer, maximum = _flat(memory), _flat(normalizer), _flat(maximum)
-    gates = launches.gates(call, log_input, log_forget, maximum, reset)
+    reach, source, enter, leave, inverse, side = per_token[:6].unbind(0)
     tokens = call.chunks * call.length
-    delta, read, read_sum, by_maximum = inverse.new_empty(4, call.rows, tokens)
+    delta, read, read_sum, by_maximum = per_token.new_empty(4, call.rows, tokens).unbind(0)
     all_values = (call.length, launches.block(call.values, WIDEST))
     shares_kernel[(call.rows, call.chunks)](
-        launches.sequence(outputs, *all_values),
-        launches.sequence(grads, *all_values),
-        inverse,
-        side,
-        gates.enter,
-        delta,
-        read,
-        read_sum,
-        by_maximum,
-        call.heads,
-        tokens,
-        eps,
-        BLOCK_VALUES=all_values[1],
-        LENGTH=call.length,
-    )
+        launches.sequence(outputs, *all_values), launches.sequence(grads, *all_values),
+        inverse, side, enter, delta, read, read_sum, by_maximum, call.heads, tokens, eps,
+        BLOCK_VALUES=all_values[1], LENGTH=call.length,
+    )  # fmt: skip
 
     by_last = None
     later: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -188,83 +175,47 @@ def _backward(
         by_last = -(last * grad_memory).sum((-1, -2)) - (last_sum * grad_normalizer).sum(-1)
         by_last = by_last if grad_maximum is None else by_last + grad_maximum
         later = (grad_memory, grad_normalizer)
-    leaving = (gates.leave, gates.leave, gates.carried)
-    states, sums, *_ = launches.chunk_states(call, keys, values, *leaving, (memory, normalizer), reverse=False)
+    start: tuple[Tensor | None, Tensor | None] = (memory, normalizer)
+    if entering.shape[1]:
+        start = (entering, entering_sum)
+        later = launches.entering(
+            call, [torch.empty_like(entering), torch.empty_like(entering_sum)],
+            queries, grads, read, read_sum, carried, later, reverse=True,
+        )  # fmt: skip
+    states, sums, *_ = launches.chunk_states(call, keys, values, leave, leave, carried, start, reverse=False)
     rising, rising_sums, grad_initial, grad_initial_sum = launches.chunk_states(
-        call, queries, grads, read, read_sum, gates.carried, later, reverse=True
+        call, queries, grads, read, read_sum, carried, later, reverse=True
     )
     walk = launches.chunk_gradients_walk(call)
     of_keys, of_state = (call.length, walk.block_keys), (walk.block_keys, walk.block_values)
     grad_queries, grad_keys, grad_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
-    inner = inverse.new_empty(5, call.rows, tokens)
-    through = torch.empty_like(gates.carried)
+    inner = per_token.new_empty(5, call.rows, tokens)
+    through = torch.empty_like(carried)
     chunk_gradients_kernel[(3, call.chunks, call.rows)](
-        launches.sequence(queries, *of_keys),
-        launches.sequence(keys, *of_keys),
-        launches.sequence(values, *all_values),
-        launches.sequence(grads, *all_values),
-        gates.decayed,
-        gates.reach,
-        gates.source,
-        gates.leave,
-        gates.carried,
-        gates.first_token,
-        inverse,
-        delta,
-        read,
-        read_sum,
-        launches.described(states, *of_state),
-        sums,
-        launches.described(rising, *of_state),
-        rising_sums,
-        launches.sequence(grad_queries, *of_keys),
-        launches.sequence(grad_keys, *of_keys),
-        launches.sequence(grad_values, *all_values),
-        inner,
-        through,
-        call.heads,
-        call.chunks,
-        call.rows,
-        HAS_RESET=reset is not None,
-        EXACT=call.exact,
-        BLOCK_KEYS=walk.block_keys,
-        BLOCK_VALUES=walk.block_values,
-        STAGES=walk.stages,
-        num_warps=walk.warps,
+        launches.sequence(queries, *of_keys), launches.sequence(keys, *of_keys),
+        launches.sequence(values, *all_values), launches.sequence(grads, *all_values),
+        per_token[-1], reach, source, leave, carried, first_token, inverse, delta, read, read_sum,
+        launches.described(states, *of_state), sums, launches.described(rising, *of_state), rising_sums,
+        launches.sequence(grad_queries, *of_keys), launches.sequence(grad_keys, *of_keys),
+        launches.sequence(grad_values, *all_values), inner, through,
+        call.heads, call.chunks, call.rows,
+        HAS_RESET=reset is not None, EXACT=call.exact,
+        BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, STAGES=walk.stages, num_warps=walk.warps,
         **call.dimensions(),
-    )
+    )  # fmt: skip
     grad_input, grad_forget = torch.empty_like(log_input), torch.empty_like(log_forget)
-    grad_first = inverse.new_empty(call.batch, call.heads)
-    blocks, chunks = launches.blocks_of_gates(call)
-    factor, added = inverse.new_empty(2, call.rows, blocks)
+    grad_first = per_token.new_empty(call.batch, call.heads)
+    blocks, chunks, warps = launches.blocks_of_gates(call)
+    factor, added = per_token.new_empty(2, call.rows, blocks).unbind(0)
     for summary in (True, False) if blocks > 1 else (False,):
         gate_gradients_kernel[(call.rows, blocks)](
-            log_input,
-            log_forget,
-            reset,
-            maximum,
-            gates.maximum,
-            through,
-            inner,
-            by_maximum,
-            by_last,
-            grad_input,
-            grad_forget,
-            grad_first,
-            factor,
-            added,
-            call.time,
-            call.heads,
-            call.chunks,
-            call.rows,
-            SUMMARY=summary,
-            HAS_RESET=reset is not None,
-            HAS_INITIAL=maximum is not None,
-            HAS_LAST=by_last is not None,
-            LENGTH=call.length,
-            CHUNKS=chunks,
-            BLOCKS=power_of_two(blocks),
-        )
+            log_input, log_forget, reset, maximum, maxima, through, inner, by_maximum, by_last,
+            grad_input, grad_forget, grad_first, factor, added,
+            call.time, call.heads, call.chunks, call.rows,
+            SUMMARY=summary, HAS_RESET=reset is not None, HAS_INITIAL=maximum is not None,
+            HAS_LAST=by_last is not None, LENGTH=call.length, CHUNKS=chunks, BLOCKS=power_of_two(blocks),
+            num_warps=warps,
+        )  # fmt: skip
     if memory is not None and normalizer is not None:
         # The initial state is in units of exp of the initial maximum.
         grad_first += (memory * grad_initial).sum((-1, -2)) + (normalizer * grad_initial_sum).sum(-1)
@@ -290,12 +241,15 @@ def _(
     outputs: Tensor,
     last: Tensor,
     last_sum: Tensor,
-    inverse: Tensor,
-    side: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entering: Tensor,
+    entering_sum: Tensor,
+    per_token: Tensor,
+    maxima: Tensor,
+    first_token: Tensor,
+    carried: Tensor,
+) -> _Gradients:
     like = (queries, keys, values, log_input, log_forget, last, last_sum)
-    first = last.new_empty(last.shape[:2])
-    return (*(tensor.new_empty(tensor.shape) for tensor in like), first)  # type: ignore[return-value]
+    return *(tensor.new_empty(tensor.shape) for tensor in like), last.new_empty(last.shape[:2])  # type: ignore[return-value]
 
 
 without_second_derivative(_backward)
@@ -303,37 +257,17 @@ without_second_derivative(_backward)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps = inputs
-    outputs, last, last_sum, _, inverse, side = output
-    ctx.save_for_backward(*tensors, outputs, last, last_sum, inverse, side)
+    outputs, last, last_sum, _, *kept = output
+    ctx.save_for_backward(*tensors, outputs, last, last_sum, *kept)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(
-    ctx: Any,
-    grads: Tensor | None,
-    grad_memory: Tensor | None,
-    grad_normalizer: Tensor | None,
-    grad_maximum: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor | None, ...]:
-    *inputs, outputs, last, last_sum, inverse, side = ctx.saved_tensors
-    if grads is None:
-        grads = torch.zeros_like(outputs)
-    found = _backward(
-        grads,
-        grad_memory,
-        grad_normalizer,
-        grad_maximum,
-        *inputs,
-        ctx.eps,
-        outputs,
-        last,
-        last_sum,
-        inverse,
-        side,
-    )
-    initial = (None, None, None) if inputs[5] is None else found[5:]
-    return *found[:5], *initial, None, None
+def _differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, outputs, last, last_sum, entering, entering_sum, per_token, maxima, first, carried = ctx.saved_tensors
+    kept = (outputs, last, last_sum, entering, entering_sum, per_token, maxima, first, carried)
+    grads, *of_state = cotangents[:4]
+    found = _backward(torch.zeros_like(outputs) if grads is None else grads, *of_state, *inputs, ctx.eps, *kept)
+    return *found[:5], *((None,) * 3 if inputs[5] is None else found[5:]), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -98,10 +98,10 @@ def outputs_walk(call: Call) -> Walk:
 
 
 def states_walk(call: Call) -> Walk:
+    """Of `states_kernel`; in the segments of `outputs_walk`, whose entering states it shares."""
     keys = block(call.keys, 64)
     values = block(call.values, 64 if call.exact else 128)
-    programs = call.rows * -(-call.keys // keys) * -(-call.values // values)
-    return Walk(keys, values, 4, 2, *call.cut(programs, call.processors * 2))
+    return Walk(keys, values, 4, 2, *outputs_walk(call)[-2:])
 
 
 def chunk_gradients_walk(call: Call) -> Walk:
@@ -127,64 +127,52 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def blocks_of_gates(call: Call) -> tuple[int, int]:
-    """How many blocks of how many chunks one program of the gates' kernels takes."""
-    chunks = min(16, power_of_two(call.chunks))
-    return -(-call.chunks // chunks), chunks
+def blocks_of_gates(call: Call) -> tuple[int, int, int]:
+    """How many blocks of how many chunks, and warps, one program of the gates' kernels takes."""
+    chunks = min(64 if call.rows >= call.processors // 2 else 16, power_of_two(call.chunks))
+    return -(-call.chunks // chunks), chunks, 8 if chunks == 64 else 4
 
 
 class Gates(NamedTuple):
-    """What `gates_kernel` computes."""
+    """What `gates_kernel` computes; the first three are kept for the gradients."""
 
-    decayed: Tensor
-    reach: Tensor
-    source: Tensor
-    enter: Tensor
-    leave: Tensor
-    carried: Tensor
+    per_token: Tensor
+    """(7, or 6 for half precision; batch · heads, tokens): `reach`, `source`, `enter` and `leave`, then `inverse` and
+    `side` of `outputs_kernel`, and `decayed`."""
     maximum: Tensor
     first_token: Tensor
+    carried: Tensor
     last_maximum: Tensor
 
 
-def gates(call: Call, log_input: Tensor, log_forget: Tensor, initial: Tensor | None, reset: Tensor | None) -> Gates:
-    tokens = call.chunks * call.length
-    per_token = log_input.new_empty(4 + call.exact, call.rows, tokens, dtype=torch.float32)
-    decayed, reach, source, enter, leave = per_token.unbind(0) if call.exact else (per_token[0], *per_token.unbind(0))
-    gates = Gates(
-        decayed,
-        reach,
-        source,
-        enter,
-        leave,
-        per_token.new_empty(call.rows, call.chunks),
-        per_token.new_empty(call.rows, tokens, dtype=torch.float64),
-        per_token.new_empty(call.rows, 0 if reset is None else tokens, dtype=torch.int32),
-        per_token.new_empty(call.batch, call.heads),
-    )
-    blocks, chunks = blocks_of_gates(call)
-    added, least = per_token.new_empty(2, call.rows, blocks, dtype=torch.float64)
+def gates(
+    call: Call, found: Gates, log_input: Tensor, log_forget: Tensor, initial: Tensor | None, reset: Tensor | None
+) -> None:
+    """Launch `gates_kernel`."""
+    reach, source, enter, leave = found.per_token[:4].unbind(0)
+    blocks, chunks, warps = blocks_of_gates(call)
+    added, least = found.maximum.new_empty(2, call.rows, blocks).unbind(0)
     for summary in (True, False) if blocks > 1 else (False,):
         gates_kernel[(call.rows, blocks)](
-            log_input,
-            log_forget,
-            reset,
-            initial,
-            *gates,
-            added,
-            least,
-            call.time,
-            call.heads,
-            call.chunks,
-            SUMMARY=summary,
-            HAS_RESET=reset is not None,
-            HAS_INITIAL=initial is not None,
-            EXACT=call.exact,
-            LENGTH=call.length,
-            CHUNKS=chunks,
-            BLOCKS=power_of_two(blocks),
-        )
-    return gates
+            log_input, log_forget, reset, initial,
+            found.per_token[-1], reach, source, enter, leave, found.carried, found.maximum, found.first_token,
+            found.last_maximum, added, least,
+            call.time, call.heads, call.chunks,
+            SUMMARY=summary, HAS_RESET=reset is not None, HAS_INITIAL=initial is not None, EXACT=call.exact,
+            LENGTH=call.length, CHUNKS=chunks, BLOCKS=power_of_two(blocks), num_warps=warps,
+        )  # fmt: skip
+
+
+def empty_gates(call: Call, like: Tensor, has_reset: bool) -> Gates:
+    """Where `gates_kernel` writes to."""
+    tokens = call.chunks * call.length
+    return Gates(
+        like.new_empty(6 + call.exact, call.rows, tokens, dtype=torch.float32),
+        like.new_empty(call.rows, tokens, dtype=torch.float64),
+        like.new_empty(call.rows, tokens if has_reset else 0, dtype=torch.int32),
+        like.new_empty(call.rows, call.chunks, dtype=torch.float32),
+        like.new_empty(call.batch, call.heads, dtype=torch.float32),
+    )
 
 
 def states(
@@ -208,36 +196,20 @@ def states(
     grid = (call.rows * walk.segments, -(-call.keys // walk.block_keys), -(-call.values // walk.block_values))
     states, sums = into or (last, last_sum)
     states_kernel[grid](
-        sequence(left, call.length, walk.block_keys),
-        sequence(right, call.length, walk.block_values),
-        gate,
-        sum_gate,
-        carried,
-        *initial,
-        described(states, walk.block_keys, walk.block_values),
-        sums,
-        last,
-        last_sum,
-        last_carried,
-        call.heads,
-        call.chunks,
-        walk.segment,
-        walk.segments,
-        REVERSE=reverse,
-        STORE=into is not None,
-        HAS_INITIAL=initial[0] is not None,
-        BLOCK_KEYS=walk.block_keys,
-        BLOCK_VALUES=walk.block_values,
-        num_warps=walk.warps,
-        num_stages=walk.stages,
+        sequence(left, call.length, walk.block_keys), sequence(right, call.length, walk.block_values),
+        gate, sum_gate, carried, *initial,
+        described(states, walk.block_keys, walk.block_values), sums, last, last_sum, last_carried,
+        call.heads, call.chunks, walk.segment, walk.segments,
+        REVERSE=reverse, STORE=into is not None, HAS_INITIAL=initial[0] is not None,
+        BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, num_warps=walk.warps, num_stages=walk.stages,
         **call.dimensions(),
-    )
+    )  # fmt: skip
     return last, last_sum, last_carried
 
 
 def entering(
     call: Call,
-    walk: Walk,
+    into: list[Tensor],
     left: Tensor,
     right: Tensor,
     gate: Tensor,
@@ -246,26 +218,16 @@ def entering(
     initial: tuple[Tensor | None, Tensor | None],
     *,
     reverse: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The states that enter the segments of `walk`; None is zeros."""
-    if walk.segments == 1:
-        return initial
-    plain = states_walk(call)._replace(segment=walk.segment, segments=walk.segments)
-    added = states(call, plain, left, right, gate, sum_gate, carried, (None, None), None, reverse=reverse)
-    entering, entering_sum = torch.empty_like(added[0]), torch.empty_like(added[1])
+) -> tuple[Tensor, Tensor]:
+    """The states that enter the segments, written to `into`; an initial one of None is zeros."""
+    entering, entering_sum = into
+    walk = states_walk(call)
+    added = states(call, walk, left, right, gate, sum_gate, carried, (None, None), None, reverse=reverse)
     block = 1024
     combine_kernel[(call.rows, -(-call.keys * call.values // block))](
-        *initial,
-        *added,
-        entering,
-        entering_sum,
-        walk.segments,
-        KEYS=call.keys,
-        VALUES=call.values,
-        REVERSE=reverse,
-        HAS_INITIAL=initial[0] is not None,
-        BLOCK=block,
-    )
+        *initial, *added, entering, entering_sum, walk.segments,
+        KEYS=call.keys, VALUES=call.values, REVERSE=reverse, HAS_INITIAL=initial[0] is not None, BLOCK=block,
+    )  # fmt: skip
     return entering, entering_sum
 
 
@@ -276,17 +238,18 @@ def chunk_states(
     gate: Tensor,
     sum_gate: Tensor,
     carried: Tensor,
-    initial: tuple[Tensor | None, Tensor | None],
+    start: tuple[Tensor | None, Tensor | None],
     *,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The states that enter the chunks, in the type that products take them in, and the last state."""
+    """The states that enter the chunks, in the type that products take them in, and the last state.
+
+    `start` are those that enter the segments of `states_walk`, of `entering`.
+    """
     walk = states_walk(call)
-    weights = (gate, sum_gate, carried)
-    start = entering(call, walk, left, right, *weights, initial, reverse=reverse)
     each = left.new_empty(call.rows, call.chunks, call.keys, call.values, dtype=call.wide)
     sums = carried.new_empty(call.rows, call.chunks, call.keys)
-    last, last_sum, _ = states(call, walk, left, right, *weights, start, (each, sums), reverse=reverse)
+    last, last_sum, _ = states(call, walk, left, right, gate, sum_gate, carried, start, (each, sums), reverse=reverse)
     end = 0 if reverse else -1
     shape = (call.batch, call.heads, call.keys)
     return each, sums, last[:, end].reshape(*shape, call.values), last_sum[:, end].reshape(shape)
