@@ -57,13 +57,17 @@ def run(
     """The route, on arguments as `recurrent_scan` has checked them."""
     if isinstance(cell, M2RNN):
         return matrix.run(cell, weights, inputs, state, reset)
-    start = cell.initial_state(inputs[:, 0]) if state is None else state
-    stacked = torch.stack([part.float() for part in start])
+    name, state_type = type(cell).__name__, type(cell).state_type
+    if state is None:
+        batch, _, _, heads, dim = inputs.shape
+        stacked = inputs.new_zeros(_STATES[name], batch, heads, dim, dtype=torch.float32)
+    else:
+        stacked = torch.stack([part.float() for part in state])
     bias = weights[1] if len(weights) > 1 else None
     tensors = [*weights, inputs, stacked]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    outputs, last, _, _ = forward(type(cell).__name__, weights[0], bias, inputs, stacked, reset, save)
-    return outputs, type(start)(*last.unbind(0))
+    outputs, last, _, _ = forward(name, weights[0], bias, inputs, stacked, state is not None, reset, save)
+    return outputs, state_type(*last.unbind(0))
 
 
 def gates_in_tiles(gates: int) -> int:
@@ -90,16 +94,15 @@ class Plan(NamedTuple):
         }
 
 
-def plan(gates: int, batch: int, heads: int, dim: int, device: torch.device) -> Plan:
-    """Rows of the batch in a tile: 4 while there are multiprocessors for all programs, else 8. As many warps as it
-    takes to keep the weights in registers, but every warp has 16 rows of weights, one tile of a tensor-core product,
-    and every thread two neighbours of a tile, the least that is copied to shared memory in the background.
+def plan(batch: int, heads: int, dim: int, device: torch.device) -> Plan:
+    """Rows of the batch in a tile: 4 while there are multiprocessors for all programs, else 8; a warp for 16 of the
+    head's outputs, one tile of a tensor-core product.
+
+    A tile of 4 leaves two neighbours to a thread, the least that is copied to shared memory in the background.
     """
     d = power_of_two(max(dim, 16))
-    rows = gates_in_tiles(gates) * d
-    large = rows * d > 32768
-    columns = 8 if large or heads * -(-batch // 4) > 2 * card(device).processors else 4
-    return Plan(d, columns, max(1, min(16 if large else 8, rows // 16, d * columns // 64)))
+    columns = 8 if heads * -(-batch // 4) > 2 * card(device).processors else 4
+    return Plan(d, columns, d // 16)
 
 
 def _constants(name: str, inputs: Tensor, reset: Tensor | None, tile: Plan) -> dict[str, Any]:
@@ -123,18 +126,20 @@ def forward(
     bias: Tensor | None,
     inputs: Tensor,
     start: Tensor,
+    begun: bool,
     reset: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs, last state, and what the backward pass needs beside them (empty unless `save`).
 
-    The last state and `start` are (states, batch, heads, dim) in float32. What is saved: the states other than
-    the output that enter each step, (states − 1, batch, time + 1, heads, dim), and the pre-activations of all gates.
+    The last state and `start` are (states, batch, heads, dim) in float32; `begun` says that `start` is not just
+    zeros. What is saved: the states other than
+    the output that enter each step, (states − 1, batch, time, heads, dim), and the pre-activations of all gates.
     """
     inputs = inputs.contiguous()
     batch, time, gates, heads, dim = inputs.shape
     outputs, last, memory, saved = _empty(name, inputs, start, save)
-    tile = plan(gates, batch, heads, dim, inputs.device)
+    tile = plan(batch, heads, dim, inputs.device)
     kernels.forward_kernel[(heads, -(-batch // tile.columns))](
         inputs,
         weight.contiguous(),
@@ -156,7 +161,7 @@ def forward(
 
 def _empty(name: str, inputs: Tensor, start: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, time, _, heads, dim = inputs.shape
-    memory = (_STATES[name] - 1, batch, time + 1, heads, dim) if save else (0,)
+    memory = (_STATES[name] - 1, batch, time, heads, dim) if save else (0,)
     return (
         inputs.new_empty(batch, time, heads, dim),
         torch.empty_like(start, memory_format=torch.contiguous_format),
@@ -172,6 +177,7 @@ def _(
     bias: Tensor | None,
     inputs: Tensor,
     start: Tensor,
+    begun: bool,
     reset: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -182,10 +188,11 @@ def _(
 def backward(
     name: str,
     grad_outputs: Tensor,
-    grad_last: Tensor,
+    grad_last: Tensor | None,
     weight: Tensor,
     inputs: Tensor,
     start: Tensor,
+    begun: bool,
     reset: Tensor | None,
     outputs: Tensor,
     memory: Tensor,
@@ -195,7 +202,7 @@ def backward(
     inputs, start = inputs.contiguous(), start.contiguous()
     batch, time, gates, heads, dim = inputs.shape
     reset = None if reset is None else reset.contiguous()
-    tile = plan(gates, batch, heads, dim, inputs.device)
+    tile = plan(batch, heads, dim, inputs.device)
     d_inputs, d_start = torch.empty_like(inputs), torch.empty_like(start)
     d_candidate = torch.empty_like(outputs) if name == "GRU" else d_inputs
     kernels.backward_kernel[(heads, -(-batch // tile.columns))](
@@ -207,26 +214,29 @@ def backward(
         memory,
         saved,
         grad_outputs.contiguous(),
-        grad_last.contiguous(),
+        start if grad_last is None else grad_last.contiguous(),
         d_inputs,
         d_candidate,
         d_start,
         batch,
         time,
         heads,
+        LAST=grad_last is not None,
         **_constants(name, inputs, reset, tile),
     )
     through_inputs = 2 if name == "GRU" else gates
-    d_weight = _weight_gradient(d_inputs.flatten(2), through_inputs, start, reset, outputs)
+    d_weight = _weight_gradient(d_inputs, through_inputs, start, begun, reset, outputs)
     d_bias = start.new_empty(0)
     if name == "GRU":
-        last = _weight_gradient(d_candidate.flatten(2), 1, start, reset, outputs)
+        last = _weight_gradient(d_candidate.unsqueeze(2), 1, start, begun, reset, outputs)
         d_weight = torch.cat([d_weight, last])
         d_bias = d_candidate.sum((0, 1), dtype=torch.float32)
     return d_weight, d_bias, d_inputs, d_start
 
 
-def _weight_gradient(delta: Tensor, gates: int, start: Tensor, reset: Tensor | None, outputs: Tensor) -> Tensor:
+def _weight_gradient(
+    delta: Tensor, gates: int, start: Tensor, begun: bool, reset: Tensor | None, outputs: Tensor
+) -> Tensor:
     """Σ over batch and time of δ_t h_{t−1}ᵀ, (gates, heads, dim, dim), for the first gates of `delta`."""
     batch, time, heads, dim = outputs.shape
     d = power_of_two(max(dim, 16))
@@ -245,12 +255,12 @@ def _weight_gradient(delta: Tensor, gates: int, start: Tensor, reset: Tensor | N
         time,
         heads,
         chunk,
-        delta.shape[-1],
+        SPAN=delta.shape[2],
         DIM=dim,
         D=d,
         ROWS=rows,
         RESET=reset is not None,
-        PRECISE=delta.dtype == torch.float32,
+        START=begun,
         num_warps=4 if d <= 64 else 8,
         num_stages=3 if delta.dtype != torch.float32 and d <= 128 else 1,
     )
@@ -261,10 +271,11 @@ def _weight_gradient(delta: Tensor, gates: int, start: Tensor, reset: Tensor | N
 def _(
     name: str,
     grad_outputs: Tensor,
-    grad_last: Tensor,
+    grad_last: Tensor | None,
     weight: Tensor,
     inputs: Tensor,
     start: Tensor,
+    begun: bool,
     reset: Tensor | None,
     outputs: Tensor,
     memory: Tensor,
@@ -280,11 +291,11 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    name, weight, bias, sequence, start, reset, _ = inputs
+    name, weight, bias, sequence, start, begun, reset, _ = inputs
     outputs, _, memory, saved = output
     ctx.mark_non_differentiable(memory, saved)
     ctx.set_materialize_grads(False)
-    ctx.name, ctx.bias_type = name, None if bias is None else bias.dtype
+    ctx.name, ctx.begun, ctx.bias_type = name, begun, None if bias is None else bias.dtype
     ctx.save_for_backward(weight, sequence, start, reset, outputs, memory, saved)
 
 
@@ -293,17 +304,18 @@ def _differentiate(ctx: Any, grad_outputs: Tensor | None, grad_last: Tensor | No
     d_weight, d_bias, d_inputs, d_start = backward(
         ctx.name,
         torch.zeros_like(outputs) if grad_outputs is None else grad_outputs,
-        torch.zeros_like(start) if grad_last is None else grad_last,
+        grad_last,
         weight,
         sequence,
         start,
+        ctx.begun,
         reset,
         outputs,
         memory,
         saved,
     )
     d_bias = None if ctx.bias_type is None else d_bias.to(ctx.bias_type)
-    return None, d_weight.to(weight.dtype), d_bias, d_inputs, d_start, None, None
+    return None, d_weight.to(weight.dtype), d_bias, d_inputs, d_start, None, None, None
 
 
 forward.register_autograd(_differentiate, setup_context=_setup)

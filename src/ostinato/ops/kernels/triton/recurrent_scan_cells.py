@@ -21,6 +21,11 @@ SLSTM = tl.constexpr(3)
 if INTERPRETED:
 
     @triton.jit
+    def quick_tanh(x):
+        """tanh x."""
+        return 2 / (1 + tl.exp(-2 * x)) - 1
+
+    @triton.jit
     def power_of_2(x):
         """2^x."""
         return tl.exp2(x)
@@ -31,6 +36,12 @@ if INTERPRETED:
         return 1 / x
 
 else:
+
+    @triton.jit
+    def quick_tanh(x):
+        """tanh x by one instruction, with a relative error of 2^−11."""
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
     # The card's own instructions, without the care for denormal numbers that Triton's functions take: a third of
     # the instructions of a step, and all of them on its critical path. Errors of 2 units in the last place.
 
@@ -90,13 +101,20 @@ def lstm_step(i, f, g, o, cell, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def lstm_adjoint(i, f, g, o, old, dh, dc, PRECISE: tl.constexpr):
-    """Gradients of the pre-activations i, f, g, o, and of the cell that enters."""
+def lstm_factors(i, f, g, o, old, PRECISE: tl.constexpr):
+    """What `lstm_adjoint` needs and no gradient enters: ∂h/∂c, ∂c by i, f, g, ∂h by o, and f."""
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g, PRECISE), sigmoid(o)
     squashed = tanh(f * old + i * g, PRECISE)
-    dc += dh * (o * (1 - squashed * squashed))
     by_i, by_f, by_g = g * (i * (1 - i)), old * (f * (1 - f)), i * (1 - g * g)
-    return dc * by_i, dc * by_f, dc * by_g, dh * (squashed * (o * (1 - o))), dc * f
+    return o * (1 - squashed * squashed), by_i, by_f, by_g, squashed * (o * (1 - o)), f
+
+
+@triton.jit
+def lstm_adjoint(factors, dh, dc):
+    """Gradients of the pre-activations i, f, g, o, and of the cell that enters."""
+    through, by_i, by_f, by_g, by_o, f = factors
+    dc += dh * through
+    return dc * by_i, dc * by_f, dc * by_g, dh * by_o, dc * f
 
 
 @triton.jit
@@ -108,13 +126,19 @@ def gru_step(r, z, candidate, n, hidden, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def gru_adjoint(r, z, candidate, n, old, dh, PRECISE: tl.constexpr):
-    """Gradients of r, z, of the candidate's input part and its recurrent part, and directly of the old h."""
+def gru_factors(r, z, candidate, n, old, PRECISE: tl.constexpr):
+    """What `gru_adjoint` needs and no gradient enters: ∂h by r, z, n, and r, z."""
     r, z = sigmoid(r), sigmoid(z)
     n = tanh(n + r * candidate, PRECISE)
     by_n = (1 - z) * (1 - n * n)
-    dn = dh * by_n
-    return dn * (candidate * (r * (1 - r))), dh * ((old - n) * (z * (1 - z))), dn, dn * r, dh * z
+    return by_n * (candidate * (r * (1 - r))), (old - n) * (z * (1 - z)), by_n, by_n * r, z
+
+
+@triton.jit
+def gru_adjoint(factors, dh):
+    """Gradients of r, z, of the candidate's input part and its recurrent part, and directly of the old h."""
+    by_r, by_z, by_n, by_candidate, z = factors
+    return dh * by_r, dh * by_z, dh * by_n, dh * by_candidate, dh * z
 
 
 @triton.jit
@@ -130,11 +154,11 @@ def slstm_step(i, f, z, o, cell, normalizer, maximum, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def slstm_adjoint(i, f, z, o, old_c, old_n, old_m, dh, dc, dn, dm, PRECISE: tl.constexpr):
-    """Gradients of i, f, z, o and of the c, n, m that enter, as automatic differentiation gives them.
+def slstm_factors(i, f, z, o, old_c, old_n, old_m, PRECISE: tl.constexpr):
+    """What `slstm_adjoint` needs and no gradient enters.
 
     A tie of the two under the maximum shares the gradient; the floor under n, and the ceiling of 0 over the
-    exponent of f', pass it where they do not bind, and at equality.
+    exponent of f', pass it where they do not bind, and at equality: as automatic differentiation has it.
     """
     carried = log_sigmoid(f, PRECISE) + old_m
     fresh = old_n == 0
@@ -142,28 +166,35 @@ def slstm_adjoint(i, f, z, o, old_c, old_n, old_m, dh, dc, dn, dm, PRECISE: tl.c
     write = exponential(i - maximum)
     keep = exponential(tl.minimum(carried - maximum, 0.0))
     z, o = tanh(z, PRECISE), sigmoid(o)
-    cell = keep * old_c + write * z
     raw = write + keep * old_n
-    normalizer = tl.maximum(raw, 1.0)
-    inverse = reciprocal(normalizer)
-    ratio = cell * inverse
+    inverse = reciprocal(tl.maximum(raw, 1.0))
+    ratio = (keep * old_c + write * z) * inverse
     through = o * inverse
-
-    do = dh * (ratio * (o * (1 - o)))
-    dc += dh * through
-    dn -= dh * (through * ratio)
-    dn = tl.where(raw >= 1, dn, 0.0)
-    by_write = (dn + dc * z) * write
-    by_keep = tl.where(carried > maximum, 0.0, (dn * old_n + dc * old_c) * keep)
-    dm -= by_write + by_keep
+    passes = tl.where(raw >= 1, 1.0, 0.0)
     share = tl.where(fresh | (i > carried), 1.0, tl.where(i == carried, 0.5, 0.0))
-    dcarried = by_keep + (1 - share) * dm
+    moving = tl.where(carried > maximum, 0.0, keep)
     return (
-        by_write + share * dm,
-        dcarried * sigmoid(-f),
-        dc * (write * (1 - z * z)),
-        do,
-        dc * keep,
-        dn * keep,
-        dcarried,
+        through,
+        through * ratio,
+        passes,
+        (write, write * z),
+        (moving * old_n, moving * old_c),
+        (share, sigmoid(-f)),
+        write * (1 - z * z),
+        ratio * (o * (1 - o)),
+        keep,
     )
+
+
+@triton.jit
+def slstm_adjoint(factors, dh, dc, dn, dm):
+    """Gradients of i, f, z, o and of the c, n, m that enter."""
+    through, drop, passes, by_write, by_keep, shares, by_z, by_o, keep = factors
+    dc += dh * through
+    dn = (dn - dh * drop) * passes
+    written = dn * by_write[0] + dc * by_write[1]
+    kept = dn * by_keep[0] + dc * by_keep[1]
+    dm -= written + kept
+    from_input = shares[0] * dm
+    carried = kept + (dm - from_input)
+    return written + from_input, carried * shares[1], dc * by_z, dh * by_o, dc * keep, dn * keep, carried

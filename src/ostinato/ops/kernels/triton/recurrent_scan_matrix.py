@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ostinato.ops.cells import M2RNN, Inputs, Memory, Weights
 from ostinato.ops.kernels.triton.launch import power_of_two, without_second_derivative
-from ostinato.ops.kernels.triton.recurrent_scan_cells import tanh
+from ostinato.ops.kernels.triton.recurrent_scan_cells import quick_tanh, tanh
 
 # Numbers in the matrix of a head, of which several copies stay in the registers of its program.
 _LARGEST = 8192
+QUICK = True
 
 
 @triton.jit
@@ -29,6 +30,11 @@ def _row(pointer, size, COUNT: tl.constexpr, ALL: tl.constexpr):
         return tl.load(pointer + place).to(tl.float32)
     else:
         return tl.load(pointer + place, mask=place < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tanh(x, QUICK: tl.constexpr, PRECISE: tl.constexpr):
+    return quick_tanh(x) if QUICK else tanh(x, PRECISE)
 
 
 @triton.jit(do_not_specialize=["time", "heads"])
@@ -48,6 +54,8 @@ def forward_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     RESET: tl.constexpr,
+    STAGES: tl.constexpr,
+    QUICK: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
     """All steps of one head of one row of the batch."""
@@ -70,21 +78,22 @@ def forward_kernel(
     first = b * time * heads + head
     k_at, v_at, f_at = keys + first * KEY, values + first * VALUE, forget + first
     y_at = outputs + first * KEY * VALUE + here
-    k = _row(k_at, KEY, K, KEY == K)
     v = _row(v_at, VALUE, V, VALUE == V)
     f = tl.load(f_at).to(tl.float32)
     if RESET:
         memory = tl.where(tl.load(reset + b * time) != 0, 0.0, memory)
     product = tl.dot(memory.to(kind), mixing, input_precision="ieee")
-    for t in range(time):
+    # What feeds the product and is large enough is copied to shared memory in the background, STAGES − 1 steps
+    # ahead; values and gates are loaded one step ahead.
+    for t in tl.range(0, time, num_stages=STAGES):
+        k = _row(k_at, KEY, K, KEY == K)
+        k_at += heads * KEY
         go = tl.where(t + 1 < time, heads, 0)
-        k_at += go * KEY
         v_at += go * VALUE
         f_at += go
-        next_k = _row(k_at, KEY, K, KEY == K)
         next_v = _row(v_at, VALUE, V, VALUE == V)
         next_f = tl.load(f_at).to(tl.float32)
-        candidate = tanh(product + k[:, None] * v[None, :], PRECISE)
+        candidate = _tanh(product + k[:, None] * v[None, :], QUICK, PRECISE)
         memory = candidate + f * (memory - candidate)
         entering = memory.to(kind)
         tl.store(y_at, entering, mask=mask)
@@ -94,18 +103,41 @@ def forward_kernel(
             memory = tl.where(fresh, 0.0, memory)
             entering = memory.to(kind)
         product = tl.dot(entering, mixing, input_precision="ieee")
-        k, v, f = next_k, next_v, next_f
+        v, f = next_v, next_f
     tl.store(last + at, memory, mask=mask)
 
 
 @triton.jit
-def _before(outputs, start, t, mask, kind: tl.constexpr):
-    """What enters step t, as the product took it: the output of the step before, or the state before all."""
-    if t > 0:
-        entering = tl.load(outputs, mask=mask, other=0.0)
-    else:
-        entering = tl.load(start, mask=mask, other=0.0).to(kind)
-    return entering
+def _step_back(
+    entering,
+    k,
+    v,
+    f,
+    dy,
+    carried,
+    d_mixing,
+    mixing,
+    turned,
+    bound,
+    CLIP: tl.constexpr,
+    QUICK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """The gradient of the memory that enters, of W so far, and of k, v and f."""
+    kind = entering.dtype
+    product = tl.dot(entering, mixing, input_precision="ieee")
+    candidate = _tanh(product + k[:, None] * v[None, :], QUICK, PRECISE)
+    delta = carried + dy.to(tl.float32)
+    by_candidate = (1 - f) * delta * (1 - candidate * candidate)
+    df = tl.sum(delta * (entering.to(tl.float32) - candidate))
+    dk = tl.sum(by_candidate * v[None, :], axis=1)
+    dv = tl.sum(by_candidate * k[:, None], axis=0)
+    change = by_candidate.to(kind)
+    d_mixing = tl.dot(tl.trans(entering), change, d_mixing, input_precision="ieee")
+    carried = tl.dot(change, turned, f * delta, input_precision="ieee")
+    if CLIP:
+        carried = tl.minimum(tl.maximum(carried, -bound), bound)
+    return carried, d_mixing, dk, dv, df
 
 
 @triton.jit(do_not_specialize=["time", "heads"])
@@ -133,6 +165,8 @@ def backward_kernel(
     V: tl.constexpr,
     RESET: tl.constexpr,
     CLIP: tl.constexpr,
+    STAGES: tl.constexpr,
+    QUICK: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
     """The walk back for one head of one row of the batch."""
@@ -158,53 +192,55 @@ def backward_kernel(
     dk_at, dv_at, df_at = d_keys + final * KEY, d_values + final * VALUE, d_forget + final
     dy_at = d_outputs + final * KEY * VALUE + here
     y_at = outputs + (final - heads) * KEY * VALUE + here
+    row = tl.arange(0, K)
+    column = tl.arange(0, V)
 
     carried = tl.load(d_last + at, mask=mask, other=0.0)
-    k = _row(k_at, KEY, K, KEY == K)
     v = _row(v_at, VALUE, V, VALUE == V)
     f = tl.load(f_at).to(tl.float32)
-    dy = tl.load(dy_at, mask=mask, other=0.0)
-    entering = _before(y_at, start + at, time - 1, mask, kind)
     d_mixing = tl.zeros((V, V), tl.float32)
-    for back in range(time):
-        t = time - 1 - back
-        go = tl.where(t > 0, heads, 0)
-        k_at -= go * KEY
-        v_at -= go * VALUE
-        f_at -= go
-        dy_at -= go * KEY * VALUE
-        y_at -= go * KEY * VALUE
-        next_k = _row(k_at, KEY, K, KEY == K)
+    for back in tl.range(0, time - 1, num_stages=STAGES):
+        entering = tl.load(y_at, mask=mask, other=0.0)
+        dy = tl.load(dy_at, mask=mask, other=0.0)
+        k = _row(k_at, KEY, K, KEY == K)
+        v_at -= heads * VALUE
+        f_at -= heads
         next_v = _row(v_at, VALUE, V, VALUE == V)
         next_f = tl.load(f_at).to(tl.float32)
-        next_dy = tl.load(dy_at, mask=mask, other=0.0)
-        next_entering = _before(y_at, start + at, t - 1, mask, kind)
         if RESET:
-            fresh = tl.load(reset + b * time + t) != 0
+            fresh = tl.load(reset + b * time + time - 1 - back) != 0
             entering = tl.where(fresh, 0.0, entering.to(tl.float32)).to(kind)
-
-        product = tl.dot(entering, mixing, input_precision="ieee")
-        candidate = tanh(product + k[:, None] * v[None, :], PRECISE)
-        delta = carried + dy.to(tl.float32)
-        by_candidate = (1 - f) * delta * (1 - candidate * candidate)
-        df = tl.sum(delta * (entering.to(tl.float32) - candidate))
-        dk = tl.sum(by_candidate * v[None, :], axis=1)
-        dv = tl.sum(by_candidate * k[:, None], axis=0)
-        change = by_candidate.to(kind)
-        d_mixing = tl.dot(tl.trans(entering), change, d_mixing, input_precision="ieee")
-        carried = tl.dot(change, turned, f * delta, input_precision="ieee")
-        if CLIP:
-            carried = tl.minimum(tl.maximum(carried, -bound), bound)
+        carried, d_mixing, dk, dv, df = _step_back(
+            entering, k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, QUICK, PRECISE
+        )
         if RESET:
             carried = tl.where(fresh, 0.0, carried)
-
-        tl.store(dk_at + tl.arange(0, K), dk.to(kind), mask=tl.arange(0, K) < KEY)
-        tl.store(dv_at + tl.arange(0, V), dv.to(d_values.dtype.element_ty), mask=tl.arange(0, V) < VALUE)
+        tl.store(dk_at + row, dk.to(kind), mask=row < KEY)
+        tl.store(dv_at + column, dv.to(d_values.dtype.element_ty), mask=column < VALUE)
         tl.store(df_at, df.to(d_forget.dtype.element_ty))
+        y_at -= heads * KEY * VALUE
+        dy_at -= heads * KEY * VALUE
+        k_at -= heads * KEY
         dk_at -= heads * KEY
         dv_at -= heads * VALUE
         df_at -= heads
-        k, v, f, dy, entering = next_k, next_v, next_f, next_dy, next_entering
+        v, f = next_v, next_f
+
+    # The first step: what enters it is the state that the sequence starts from.
+    entering = tl.load(start + at, mask=mask, other=0.0)
+    if RESET:
+        fresh = tl.load(reset + b * time) != 0
+        entering = tl.where(fresh, 0.0, entering)
+    dy = tl.load(dy_at, mask=mask, other=0.0)
+    k = _row(k_at, KEY, K, KEY == K)
+    carried, d_mixing, dk, dv, df = _step_back(
+        entering.to(kind), k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, QUICK, PRECISE
+    )
+    if RESET:
+        carried = tl.where(fresh, 0.0, carried)
+    tl.store(dk_at + row, dk.to(kind), mask=row < KEY)
+    tl.store(dv_at + column, dv.to(d_values.dtype.element_ty), mask=column < VALUE)
+    tl.store(df_at, df.to(d_forget.dtype.element_ty))
     tl.store(d_start + at, carried, mask=mask)
     tl.store(d_weight + b * heads * VALUE * VALUE + place + u * VALUE + j, d_mixing, mask=square)
 
@@ -241,6 +277,8 @@ def _constants(keys: Tensor, values: Tensor, reset: Tensor | None) -> dict[str, 
         "PRECISE": keys.dtype == torch.float32,
         "num_warps": warps(k, v),
         "num_stages": 1,
+        "STAGES": 3,
+        "QUICK": QUICK and keys.dtype == torch.bfloat16,
     }
 
 
