@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Traits
 from ostinato.mixers.heads import FEATURES, KeyValueMixer, MatrixState, cleared, find_feature_map, padding
-from ostinato.mixers.parts import l2_normalize
 from ostinato.ops.delta_rule import delta_rule
 
-NORMS = {"l2": l2_normalize, "l1": lambda x: F.normalize(x, p=1.0, dim=-1, eps=1e-6)}
+# The engine divides by the Euclidean length itself: a kernel then reads and writes nothing for it.
+NORMS = {"l2": lambda x: x, "l1": lambda x: F.normalize(x, p=1.0, dim=-1, eps=1e-6)}
 
 
 class DeltaRuleMixer(KeyValueMixer):
@@ -68,14 +68,15 @@ class DeltaRuleMixer(KeyValueMixer):
         """What is read from the memory at every step."""
         queries, keys, values, window = self.project(x, state.window, reset, lengths)
         activation, norm = FEATURES[self.qk_activation], NORMS[self.qk_norm]
-        queries = norm(activation(queries)) * self.key_dim**-0.5
-        keys, values = norm(activation(keys)), F.silu(values)
+        queries, keys, values = norm(activation(queries)), norm(activation(keys)), F.silu(values)
         beta, log_decay = self.beta(x), self.log_decay(x)
         if (padded := padding(lengths, x.shape[1])) is not None:
             beta = cleared(beta, padded.repeat_interleave(self.writes, dim=1))
             log_decay = None if log_decay is None else cleared(log_decay, padded)
-        outputs, memory = self.scan(queries, keys, values, beta, log_decay, state.memory, reset=reset)
-        return outputs, MatrixState(memory, window)
+        unit = self.qk_norm == "l2"
+        outputs, memory = self.scan(queries, keys, values, beta, log_decay, state.memory, reset=reset, normalize=unit)
+        # K^{-1/2} on the way out: reading is linear in the queries, and their length is the engine's affair.
+        return outputs * self.key_dim**-0.5, MatrixState(memory, window)
 
 
 class DeltaNet(DeltaRuleMixer):

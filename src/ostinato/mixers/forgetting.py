@@ -45,13 +45,13 @@ class _Damped:
     def __init__(self, scan: Scan, retain: float, insert: float, step: float) -> None:
         self.scan, self.log_retain, self.insert, self.step = scan, math.log(retain), insert, step
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, reset: Tensor | None) -> Any:
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> Any:
         *beta, log_decay, state = rest
         if log_decay is None:
             log_decay = queries.new_zeros(queries.shape[:3], dtype=accumulation_dtype(queries.dtype))
         log_decay = self.step * log_decay + self.log_retain
         # The engines are linear in the values: scaling them scales the write, whatever else the keys do.
-        return self.scan(queries, keys, values * (self.insert * self.step), *beta, log_decay, state, reset=reset)
+        return self.scan(queries, keys, values * (self.insert * self.step), *beta, log_decay, state, **options)
 
 
 class _Normalized:
@@ -60,7 +60,9 @@ class _Normalized:
     def __init__(self, scan: Scan, bound: float) -> None:
         self.scan, self.bound = scan, bound
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, reset: Tensor | None) -> Any:
+    def __call__(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, reset: Tensor | None, **options: Any
+    ) -> Any:
         *beta, log_decay, memory = rest
         writes = keys.shape[1] // queries.shape[1]
         outputs = []
@@ -74,6 +76,7 @@ class _Normalized:
                 None if log_decay is None else log_decay[:, step],
                 memory,
                 reset=None if reset is None else reset[:, step],
+                **options,
             )
             factor = self.bound / torch.linalg.vector_norm(memory, dim=(-2, -1)).clamp(min=self.bound)
             memory = memory * factor[..., None, None]
