@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -125,22 +126,79 @@ def test_control_c_saves_and_says_how_to_go_on(tmp_path: Path, book: Path) -> No
     assert json.loads((folder / "checkpoints" / "last.json").read_text())["step"] == reached + 2
 
 
+SMALL = ["--d-model", 8, "--depth", 1, "--steps", 3, "--batch", 2, "--jobs", 1]
+
+
 def test_compare_prints_baselines_and_goes_on_where_it_was(tmp_path: Path) -> None:
     options = ["--option", "max_length=6", "--option", "tested_lengths=(6, 9)", "--option", "test_size=8"]
-    command = ["compare", "--task", "parity", "--mixers", "min_gru, min_gru(expand=2)", *options]
-    command += ["--d-model", 8, "--depth", 1, "--steps", 3, "--batch", 2, "--seeds", 2, "--out", tmp_path / "out"]
+    command = ["compare", "--task", "parity", "--mixers", "min_gru, min_gru(expand=2)", *options, *SMALL]
+    command += ["--seeds", 2, "--out", tmp_path / "out"]
     content = json.loads(ostinato(*command, "--json").stdout)
-    assert {row["plan"] for row in content["results"]} == {"min_gru", "min_gru(expand=2)"}
-    assert all(len(row["scores"]) == 2 and set(row["splits"]) == {"length 6", "length 9"} for row in content["results"])
-    assert "most frequent answer" in content["baselines"]
+    (spec,) = content["tasks"]
+    assert spec == "parity(max_length=6, tested_lengths=(6, 9), test_size=8)"
+    assert [row["plan"] for row in content["results"]] == ["min_gru", "min_gru(expand=2)"]
+    assert all(len(row["scores"][spec]["values"]) == 2 for row in content["results"])
+    assert "most frequent answer" in content["tasks"][spec]["baselines"] and len(content["cells"]) == 4
     page = (tmp_path / "out" / "index.html").read_text()
-    assert "most frequent answer" in page and "min_gru(expand=2)" in page
-    assert (tmp_path / "out" / "figure.svg").read_text().startswith("<svg")
-    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "most frequent answer" in page and "min_gru(expand=2)" in page and "<strong>" in page
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
     again = ostinato(*command).stdout
     assert "baseline: most frequent answer" in again
     assert content["results"] == json.loads((tmp_path / "out" / "result.json").read_text())["results"]
-    assert "other settings" in refused(*command[:-6], "--steps", 4, *command[-6:-4], *command[-4:])
+    ostinato(*command, "--seeds", 3)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was there is not run again"
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 6
+
+
+def test_compare_over_tasks_shows_what_failed_and_goes_on(tmp_path: Path) -> None:
+    tasks = "parity(max_length=6, tested_lengths=(6,), test_size=8), mqar(pairs=2, length=8, vocabulary=8, test_size=8)"
+    command = ["compare", "--task", tasks, "--mixers", "delta_net(heads=3), gla", *SMALL, "--out", tmp_path / "out"]
+    done = ostinato(*command)
+    assert "failed delta_net(heads=3)" in done.stderr.replace("\n", " ") and "heads=3" in done.stderr
+    content = json.loads((tmp_path / "out" / "result.json").read_text())
+    failed, fine = content["results"]
+    assert all(score["values"] == [] and "heads=3" in score["failed"][0] for score in failed["scores"].values())
+    assert all(len(score["values"]) == 1 for score in fine["scores"].values()) and len(fine["scores"]) == 2
+    assert "What failed" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_compare_at_equal_parameters(tmp_path: Path) -> None:
+    command = ["compare", "--task", "parity(test_size=8)", "--mixers", "gla,mamba2", "--equal-parameters", *SMALL]
+    done = ostinato(*command, "--d-model", 32, "--out", tmp_path / "out", "--json")
+    gla, mamba = json.loads(done.stdout)["results"]
+    assert gla["width"] == 32 > mamba["width"] and abs(mamba["parameters"] / gla["parameters"] - 1) < 0.15
+
+
+def test_compare_stopped_by_control_c_goes_on(tmp_path: Path) -> None:
+    command = ["compare", "--task", "parity(test_size=8)", "--mixers", "min_gru", "--d-model", "8", "--depth", "1"]
+    command += ["--steps", "400", "--batch", "2", "--seeds", "400", "--jobs", "2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ostinato", *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    cells = tmp_path / "out" / "cells"
+    deadline = time.monotonic() + 60
+    while not (cells.is_dir() and any(path.suffix == ".json" for path in cells.iterdir())):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130, message
+    assert "the same command goes on" in message.replace("\n", " ") and "Traceback" not in message
+    kept = [path for path in cells.iterdir() if path.suffix == ".json"]
+    assert 1 <= len(kept) < 400 and all("metrics" in json.loads(path.read_text()) for path in kept)
+    done = ostinato(*command, "--minutes", 0)
+    assert f"{400 - len(kept)} of 400 runs are left" in done.stderr.replace("\n", " ")
+
+
+def test_the_table_of_linear_recurrences(tmp_path: Path) -> None:
+    command = ["compare", "--preset", "linear", "--budget", "smoke", "--jobs", 1, "--out", tmp_path / "out"]
+    printed = ostinato(*command, "--save", tmp_path / "table.json").stdout
+    assert "delta_net" in printed and "parity, 4×" in printed and "8 of 8 runs" in printed
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert content == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert all(row["speed"]["cpu"]["training"] > 0 for row in content["rows"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "What each linear recurrence can do" in page and "<strong>" in page and "<svg" in page
 
 
 def test_demo_tells_the_whole_story(tmp_path: Path) -> None:
@@ -377,6 +435,17 @@ def test_bad_comparisons(tmp_path: Path) -> None:
     assert "has no option 'colour'" in refused(
         "compare", "--task", "parity", "--mixers", "min_gru", "--option", "colour=1", *rest
     )
+    assert "at least one task" in refused("compare", "--mixers", "min_gru", *rest)
+    assert "named twice" in refused("compare", "--task", "parity, parity", "--mixers", "min_gru", *rest)
+    assert "for one task" in refused(
+        "compare", "--task", "parity, mqar", "--mixers", "min_gru", "--option", "test_size=8", *rest
+    )
+    assert "is written NAME" in refused("compare", "--task", "parity(8)", "--mixers", "min_gru", *rest)
+    assert "no mixer named 'min_gruu'" in refused("compare", "--task", "parity", "--mixers", "min_gruu", *rest)
+    assert "at least one seed" in refused("compare", "--task", "parity", "--mixers", "min_gru", "--seeds", 0, *rest)
+    assert "at least 1" in refused("compare", "--task", "parity", "--mixers", "min_gru", "--jobs", 0, *rest)
+    assert "the preset is 'linear'" in refused("compare", "--preset", "quadratic", *rest)
+    assert "no budget named 'huge'" in refused("compare", "--preset", "linear", "--budget", "huge", *rest)
 
 
 def test_debug_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

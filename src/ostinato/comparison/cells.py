@@ -143,7 +143,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     from ostinato.files import write_json
 
     begin = time.perf_counter()
-    record: dict[str, Any] = {"cell": dataclasses.asdict(cell)}
+    record: dict[str, Any] = {"cell": _described(cell)}
     try:
         record |= _train(cell, folder)
     except Exception as error:  # whatever it is, it is this cell's own, and the others go on
@@ -154,11 +154,16 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     return record
 
 
+def _described(cell: Cell) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {**dataclasses.asdict(cell), "also": list(cell.also)}
+
+
 def failed(cell: Cell, folder: Path, message: str) -> dict[str, Any]:
     """Keep a cell as failed: what its process can no longer do itself."""
     from ostinato.files import write_json
 
-    record = {"cell": dataclasses.asdict(cell), "failed": message, "seconds": 0.0}
+    record = {"cell": _described(cell), "failed": message, "seconds": 0.0}
     write_json(result_path(cell, folder), record)
     return record
 

@@ -69,7 +69,7 @@ def run_cells(
 
     if jobs == 1:
         _in_turn(missing, folder, threads, late, note)
-    elif missing:
+    elif missing and not late():
         _side_by_side(missing, folder, min(jobs, len(missing)), threads, late, note)
     return {cell: found[cell] for cell in dict.fromkeys(cells) if cell in found}
 

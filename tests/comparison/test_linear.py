@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ostinato.comparison.cells import build_task
+from ostinato.comparison.grid import run_cells
+from ostinato.comparison.linear import BUDGETS, YARDSTICKS, budget_of, cells_of, columns_of, content_of, linear_plans
+
+from ostinato.comparison.linear import plans_of, rows_of  # isort: skip
+from ostinato.errors import UnknownNameError
+from ostinato.mixers.registry import mixer_class, mixers
+
+
+def test_all_linear_mixers_and_no_others_but_the_yardsticks() -> None:
+    plans = linear_plans()
+    bases = {plan.partition("(")[0] for plan in plans}
+    linear = {name for name in mixers() if mixer_class(name).traits.linear}
+    assert bases == linear | set(YARDSTICKS) and len(set(plans)) == len(plans)
+    assert "delta_net(negative_eigenvalues=True)" in plans
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_tasks_of_a_budget_can_be_built_and_have_the_columns(name: str) -> None:
+    for training in budget_of(name).trainings:
+        task = build_task(training.task)
+        assert task.higher_is_better == training.higher_is_better
+        names = {f"length {length}" for length in getattr(task, "test_lengths", ())}
+        for key in training.columns.values():
+            spec, found, rest = key.rpartition(": ")
+            if found:
+                assert spec in training.also and rest.removeprefix("accuracy/") in {
+                    batch.split for batch in build_task(spec).test_batches()
+                }
+            else:
+                measure, _, split = key.partition("/")
+                assert measure in ("accuracy", "bits_per_byte") and (not split or split in names)
+
+
+def test_the_columns_that_were_promised() -> None:
+    columns = list(columns_of(budget_of("gpu")))
+    for name in ("parity", "mod-3", "S3", "S5", "MQAR 4", "MQAR 8", "MQAR 16", "selective copying", "passkey, 4×",
+                 "passkey, 16×", "T1", "T2", "T3", "T4", "bits per byte"):  # fmt: skip
+        assert name in columns
+
+
+def test_first_seeds_come_first_and_text_has_equal_parameters() -> None:
+    budget = budget_of("gpu")
+    cells, without = cells_of(budget, ["gla", "mamba2"])
+    assert len(cells) == 2 * 11 * 3 and not without
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    widths = {cell.plan: cell.d_model for cell in cells if cell.task.startswith("text")}
+    assert widths["gla"] > widths["mamba2"]
+    assert {cell.d_model for cell in cells if not cell.task.startswith("text")} == {64}
+
+
+def test_the_table_from_its_cells(tmp_path: Path) -> None:
+    budget = budget_of("smoke")
+    plans = plans_of(budget, ["min_gru", "delta_net(heads=3)"])
+    cells, without = cells_of(budget, plans)
+    found = run_cells(cells, tmp_path)
+    speeds = {"min_gru": {"cpu": {"training": 1234.0}}, "delta_net(heads=3)": {"cpu": {"failed": "x"}}}
+    content = json.loads(json.dumps(content_of("smoke", plans, cells, found, speeds, without)))
+    assert content["finished"] == [8, 8] and content["trainings"][0]["baselines"]
+    headers, rows, best = rows_of(content)
+    assert headers == ["mixer", "parity", "parity, 4×", "T2", "T4", "state, bytes", "tokens/s, two threads"]
+    assert rows[1] == ["delta_net(heads=3)", *["failed"] * 4, "–", "failed"]
+    values = [
+        found[cell]["metrics"]["accuracy/length 16"]
+        for cell in cells
+        if cell.plan == "min_gru" and "parity" in cell.task
+    ]
+    assert rows[0][1].startswith(f"{sum(values) / 2:.2f} ± ") and rows[0][-1] == "1,234"
+    assert best == {(0, column) for column in range(1, 5)}
+
+
+def test_rows_without_results() -> None:
+    content = content_of("smoke", ["gla"], cells_of(budget_of("smoke"), ["gla"])[0], {}, {}, {})
+    assert rows_of(content)[1] == [["gla", "–", "–", "–", "–", "–"]]
+
+
+def test_unknown_budget() -> None:
+    with pytest.raises(UnknownNameError, match="smoke"):
+        budget_of("smokes")
