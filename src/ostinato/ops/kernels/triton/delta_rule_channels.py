@@ -28,7 +28,7 @@ from ostinato.ops.kernels.triton.delta_rule_chunks import (
     ROWS,
     WRITE,
     token_decays,
-    unit_lower_quotient,
+    unit_lower_inverse,
 )
 
 
@@ -159,8 +159,8 @@ def prepare(
     origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
     flags = reset + batch * tokens + n * TOKENS
     begins = row_in & (row % MICRO == 0)
-    _, segment = token_decays(totals, flags, row_token, heads, begins, False, RESET)
-    _, query_segment = token_decays(totals, flags, token, heads, token_in, False, RESET)
+    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
+    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
 
     key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
     query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
@@ -191,7 +191,7 @@ def prepare(
         kept = level_kept(token, row_token, query_segment, segment, size)
         score += tl.where(kept, tl.dot(asked, tl.trans(decayed), input_precision=PRECISION), 0.0)
     lower = tl.where(row[:, None] > row[None, :], lower, 0.0)
-    solved = unit_lower_quotient(lower, rate, C, SOLVE)
+    solved = tl.dot(lower, unit_lower_inverse(rate[:, None] * lower, C, SOLVE), input_precision=SOLVE)
     place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
     tl.store(place, solved.to(inverse.dtype.element_ty))
     place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]
@@ -268,8 +268,8 @@ def gradients(
 
     flags = reset + batch * tokens + n * TOKENS
     begins = row_in & (row % MICRO == 0)
-    _, segment = token_decays(totals, flags, row_token, heads, begins, False, RESET)
-    _, query_segment = token_decays(totals, flags, token, heads, token_in, False, RESET)
+    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
+    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
     if BETA:
         rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
     else:

@@ -25,10 +25,9 @@ import triton.language as tl
 
 from ostinato.ops.kernels.triton.chunk_parts import FORGETS, last_of
 
-# The factors of a chunk's rows and tokens, in this order: a, b, β and c of the walks, then what the gradients need
-# beside: G and the segment of each row, what makes its key one of unit length, and the same of the tokens' queries.
-READ, WRITE, RATE, ASK, TOTAL, SEGMENT, KEY, QUERY_TOTAL, QUERY_SEGMENT, QUERY = (tl.constexpr(i) for i in range(10))
-ROWS = tl.constexpr(10)
+# The factors of a chunk's rows, in this order: a, b, β, and c (of its tokens).
+READ, WRITE, RATE, ASK = (tl.constexpr(i) for i in range(4))
+ROWS = tl.constexpr(4)
 
 EPS = tl.constexpr(1e-6)
 """Under the root of a key's length, as in the formula of the plain routes."""
@@ -62,29 +61,12 @@ def unit_lower_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def unit_lower_quotient(lower, rate, C: tl.constexpr, PRECISION: tl.constexpr):
-    """L (I + βL)⁻¹, which is (I − (I + βL)⁻¹) / β, of a strictly lower triangular L, (C, C).
-
-    Its rows are proportional to those of βL, so that a β of 0 can be a very small one.
-    """
-    safe = tl.where(tl.abs(rate) > 1e-20, rate, 1e-20)[:, None]
-    below = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
-    return tl.where(below, unit_lower_inverse(safe * lower, C, PRECISION) / -safe, 0.0)
-
-
-@triton.jit
-def load_decays(log_decay, position, stride, taken):
-    """Log-decays at `position` of a chunk, bounded; 0 where not `taken`."""
-    return tl.maximum(tl.load(log_decay + position * stride, mask=taken, other=0.0).to(tl.float32), FORGETS)
-
-
-@triton.jit
-def token_decays(log_decay, reset, position, stride, taken, DECAY: tl.constexpr, RESET: tl.constexpr):
+def token_decays(log_decay, reset, position, place, taken, DECAY: tl.constexpr, RESET: tl.constexpr):
     """Log-decays and the numbers of segments at `position` of a chunk; (0, 0) where not `taken`."""
     segment = tl.zeros(position.shape, tl.int32)
     decay = tl.zeros(position.shape, tl.float32)
     if DECAY:
-        decay = load_decays(log_decay, position, stride, taken)
+        decay = tl.maximum(tl.load(log_decay + place, mask=taken, other=0.0).to(tl.float32), FORGETS)
     if RESET:
         begins = tl.load(reset + position, mask=taken, other=0).to(tl.int32)
         decay = tl.where(begins > 0, 0.0, decay)
@@ -178,75 +160,73 @@ def prepare(
 
     begins = row_in & (row % MICRO == 0)
     flags = reset + batch * tokens + n * TOKENS
-    decay, segment = token_decays(log_decay + origin, flags, row_token, heads, begins, DECAY, RESET)
+    decay, segment = token_decays(log_decay + origin, flags, row_token, row_token * heads, begins, DECAY, RESET)
     total, entered, left, through = row_decays(decay, segment, row_token, C, EXACT, DECAY)
     if MICRO == 1:
         query_decay = decay
         query_segment = segment
         query_total = total
     else:
-        query_decay, query_segment = token_decays(log_decay + origin, flags, token, heads, token_in, DECAY, RESET)
+        query_decay, query_segment = token_decays(
+            log_decay + origin, flags, token, token * heads, token_in, DECAY, RESET
+        )
         query_total = tl.cumsum(query_decay, 0)
 
-    # First the keys. Their squared lengths are on the diagonal of their scores.
-    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
-    key_mask = row_in[:, None] & (key < K)[None, :]
-    k = tl.load(keys + key_offset, mask=key_mask, other=0.0)
-    lower = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    key_scale = tl.full([C], 1.0, tl.float32)
-    if NORMALIZE:
-        squares = tl.where(row[:, None] == row[None, :], lower, 0.0)
-        key_scale = tl.rsqrt(tl.sum(squares, 0) + EPS)
-        lower *= tl.rsqrt(tl.sum(squares, 1) + EPS)[:, None] * key_scale[None, :]
-    kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
-    lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
-    lower = tl.where(kept, lower, 0.0)
+    place = start * K + row[:, None] * (heads * K) + key[None, :]
+    k = tl.load(keys + place, mask=row_in[:, None] & (key < K)[None, :], other=0.0)
+    place = origin * K + token[:, None] * (heads * K) + key[None, :]
+    q = tl.load(queries + place, mask=token_in[:, None] & (key < K)[None, :], other=0.0)
     if BETA:
         rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
     else:
         rate = row_in.to(tl.float32)
+    if NORMALIZE:
+        wide = k.to(tl.float32)
+        key_scale = tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
+        wide_query = q.to(tl.float32)
+        query_scale = tl.rsqrt(tl.sum(wide_query * wide_query, 1) + EPS)
+    else:
+        key_scale = tl.full([C], 1.0, tl.float32)
+        query_scale = tl.full([BQ], 1.0, tl.float32)
+
+    kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
+    lower = tl.dot(k, tl.trans(k), input_precision=PRECISION) * key_scale[:, None] * key_scale[None, :]
+    lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
+    lower = tl.where(kept, lower, 0.0)
+    solved = tl.dot(lower, unit_lower_inverse(rate[:, None] * lower, C, SOLVE), input_precision=SOLVE)
+    place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
+    tl.store(place, solved.to(inverse.dtype.element_ty))
+
+    kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * query_scale[:, None] * key_scale[None, :]
+    score *= pair_decays(query_decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
+    place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]
+    tl.store(place, tl.where(kept, score, 0.0).to(scores.dtype.element_ty))
+
     factor = factors + chunk * (ROWS * C)
     tl.store(factor + READ * C + row, entered * key_scale)
     tl.store(factor + WRITE * C + row, left * key_scale)
     tl.store(factor + RATE * C + row, rate)
-    tl.store(factor + TOTAL * C + row, total)
-    tl.store(factor + SEGMENT * C + row, segment.to(tl.float32))
-    tl.store(factor + KEY * C + row, key_scale)
-    tl.store(carried + chunk, through)
-    solved = unit_lower_quotient(lower, rate, C, SOLVE)
-    place = inverse + chunk * (C * C) + row[:, None] * C + row[None, :]
-    tl.store(place, solved.to(inverse.dtype.element_ty))
-
-    # Then the queries.
-    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
-    q = tl.load(queries + query_offset, mask=token_in[:, None] & (key < K)[None, :], other=0.0)
-    k = tl.load(keys + key_offset, mask=key_mask, other=0.0)
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * key_scale[None, :]
-    query_scale = tl.full([BQ], 1.0, tl.float32)
-    if NORMALIZE:
-        squares = tl.dot(q, tl.trans(q), input_precision=PRECISION)
-        squares = tl.where(token[:, None] == token[None, :], squares, 0.0)
-        query_scale = tl.rsqrt(tl.sum(squares, 1) + EPS)
-        score *= query_scale[:, None]
-    kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
-    score *= pair_decays(query_decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
-    place = scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]
-    tl.store(place, tl.where(kept, score, 0.0).to(scores.dtype.element_ty))
     query_entered = tl.exp(query_total) if DECAY else tl.full([BQ], 1.0, tl.float32)
-    query_entered = tl.where(query_segment == 0, query_entered, 0.0)
-    token_in = token < C
-    tl.store(factor + ASK * C + token, query_entered * query_scale, mask=token_in)
-    tl.store(factor + QUERY_TOTAL * C + token, query_total, mask=token_in)
-    tl.store(factor + QUERY_SEGMENT * C + token, query_segment.to(tl.float32), mask=token_in)
-    tl.store(factor + QUERY * C + token, query_scale, mask=token_in)
+    tl.store(factor + ASK * C + token, tl.where(query_segment == 0, query_entered, 0.0) * query_scale, mask=token < C)
+    tl.store(carried + chunk, through)
+
+
+@triton.jit
+def to_tokens(vector, token, row_token, MICRO: tl.constexpr):
+    """The sums over the rows of each token."""
+    if MICRO == 1:
+        return vector
+    return tl.sum(tl.where(token[:, None] == row_token[None, :], vector[None, :], 0.0), 1)
 
 
 @triton.jit
 def gradients(
     queries,
     keys,
+    beta,
     log_decay,
-    factors,
+    reset,
     scores,
     entering,
     leaving,
@@ -257,7 +237,7 @@ def gradients(
     grad_keys,
     grad_values,
     grad_beta,
-    weights,
+    grad_decay,
     tokens,
     heads,
     chunks,
@@ -276,10 +256,7 @@ def gradients(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradients of queries, keys, values and β from what the walks left behind. Grid: (chunks, batch × heads).
-
-    For the log-decays' gradients it leaves `weights`: (…, chunks, 5, C), see `decay_gradients`.
-    """
+    """The gradients of all inputs from what the walks left behind. Grid: (chunks, batch × heads)."""
     TOKENS: tl.constexpr = C // MICRO
     dtype = keys.dtype.element_ty
     n = tl.program_id(0)
@@ -297,14 +274,31 @@ def gradients(
     token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
     start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
     origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
+
+    begins = row_in & (row % MICRO == 0)
+    flags = reset + batch * tokens + n * TOKENS
+    decay, segment = token_decays(log_decay + origin, flags, row_token, row_token * heads, begins, DECAY, RESET)
+    total, entered, left, through = row_decays(decay, segment, row_token, C, EXACT, DECAY)
+    if MICRO == 1:
+        query_decay = decay
+        query_segment = segment
+        query_total = total
+    else:
+        query_decay, query_segment = token_decays(
+            log_decay + origin, flags, token, token * heads, token_in, DECAY, RESET
+        )
+        query_total = tl.cumsum(query_decay, 0)
+    query_entered = tl.exp(query_total) if DECAY else tl.full([BQ], 1.0, tl.float32)
+    query_entered = tl.where(query_segment == 0, query_entered, 0.0)
+    if BETA:
+        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
+    else:
+        rate = row_in.to(tl.float32)
     key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
     query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
-    factor = factors + chunk * (ROWS * C) + row
-    query_factor = factors + chunk * (ROWS * C) + token
-    weight_place = weights + chunk * (5 * C)
 
     # First what reads: the queries, of the entering state and of the scores. Each part loads anew what it needs of
-    # queries, keys and factors: registers are short, and short vectors are loaded faster than they change hands.
+    # queries and keys: registers are short.
     to_query = tl.zeros([BQ, BK], tl.float32)
     to_score = tl.zeros([BQ, C], tl.float32)
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
@@ -315,41 +309,41 @@ def gradients(
         state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
         state = tl.load(entering + state_offset, mask=(key < K)[:, None] & value_in, other=0.0)
-        excess = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0)
+        written = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0)
         to_query = tl.dot(grad_output, tl.trans(state), to_query, input_precision=PRECISION)
-        to_score = tl.dot(grad_output, tl.trans(excess), to_score, input_precision=PRECISION)
+        to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
     k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0)
-    q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0).to(tl.float32)
-    to_query *= tl.load(query_factor + ASK * C)[:, None]
-    kept = token[:, None] >= row_token[None, :]
-    if RESET:
-        kept = kept & (tl.load(query_factor + QUERY_SEGMENT * C)[:, None] == tl.load(factor + SEGMENT * C)[None, :])
-    to_score = tl.where(kept, to_score * tl.load(factor + RATE * C)[None, :], 0.0)
+    q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0)
+    if NORMALIZE:
+        wide_key = k.to(tl.float32)
+        key_scale = tl.rsqrt(tl.sum(wide_key * wide_key, 1) + EPS)
+        wide_query = q.to(tl.float32)
+        query_scale = tl.rsqrt(tl.sum(wide_query * wide_query, 1) + EPS)
+    else:
+        key_scale = tl.full([C], 1.0, tl.float32)
+        query_scale = tl.full([BQ], 1.0, tl.float32)
+    to_query *= (query_entered * query_scale)[:, None]
+    kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
+    to_score = tl.where(kept, to_score * rate[None, :], 0.0)
     if DECAY:
+        of_query = tl.sum(to_query * q.to(tl.float32), 1)
         score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :]).to(tl.float32)
         weight = tl.where(token[:, None] > row_token[None, :], score * to_score, 0.0)
-        tl.store(weight_place + token, tl.sum(to_query * q, 1) + tl.sum(weight, 1), mask=token < C)
-        tl.store(weight_place + C + row, tl.sum(weight, 0))
-    query_scale = tl.load(query_factor + QUERY * C)
-    to_score *= query_scale[:, None] * tl.load(factor + KEY * C)[None, :]
-    if DECAY:
-        decay = tl.zeros([BQ], tl.float32)
-        if EXACT:
-            decay = load_decays(log_decay + origin, token, heads, token_in)
-        total = tl.load(factor + TOTAL * C)
-        query_total = tl.load(query_factor + QUERY_TOTAL * C)
-        to_score *= pair_decays(decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
+        of_query += tl.sum(weight, 1)
+        of_column = tl.sum(weight, 0)
+    to_score *= query_scale[:, None] * key_scale[None, :]
+    to_score *= pair_decays(query_decay, token[:, None], row_token[None, :], kept, query_total, total, EXACT, DECAY)
     of_score = to_score.to(dtype)
     to_query = tl.dot(of_score, k, to_query, input_precision=PRECISION)
     if NORMALIZE:
-        to_query -= q * (tl.sum(to_query * q, 1) * query_scale * query_scale)[:, None]
+        wide_query = q.to(tl.float32)
+        to_query -= wide_query * (tl.sum(to_query * wide_query, 1) * query_scale * query_scale)[:, None]
     tl.store(grad_queries + query_offset, to_query.to(dtype), mask=token_in[:, None] & key_in)
 
     # Then the keys: as they read the entering state and what was written before them.
     to_key = tl.zeros([C, BK], tl.float32)
     to_lower = tl.zeros([C, C], tl.float32)
     to_rate = tl.zeros([C], tl.float32)
-    rate = tl.load(factor + RATE * C)[:, None]
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
@@ -364,36 +358,26 @@ def gradients(
         wide = target.to(tl.float32)
         if BETA:
             to_rate += tl.sum(wide * excess.to(tl.float32), 1)
-        tl.store(grad_values + value_offset, (rate * wide).to(dtype), mask=inside)
+        tl.store(grad_values + value_offset, (rate[:, None] * wide).to(dtype), mask=inside)
     if BETA:
         tl.store(grad_beta + start + row * heads, to_rate, mask=row_in)
-    rate = tl.load(factor + RATE * C)
-    to_key *= -(rate * tl.load(factor + READ * C))[:, None]
-    kept = row[:, None] > row[None, :]
-    if RESET:
-        segment = tl.load(factor + SEGMENT * C)
-        kept = kept & (segment[:, None] == segment[None, :])
-    rate *= tl.load(factor + KEY * C)
-    to_lower *= -rate[:, None] * rate[None, :]
-    if DECAY:
-        decay = tl.zeros([C], tl.float32)
-        if EXACT:
-            decay = load_decays(log_decay + origin, row_token, heads, row_in & (row % MICRO == 0))
-        total = tl.load(factor + TOTAL * C)
-        to_lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
+    to_key *= -(rate * entered * key_scale)[:, None]
+    kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
+    to_lower *= -(rate * key_scale)[:, None] * (rate * key_scale)[None, :]
+    to_lower *= pair_decays(decay, row_token[:, None], row_token[None, :], kept, total, total, EXACT, DECAY)
     to_lower = tl.where(kept, to_lower, 0.0)
     if DECAY:
         k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0)
         weight = to_lower * tl.dot(k, tl.trans(k), input_precision=PRECISION)
         weight = tl.where(row_token[:, None] > row_token[None, :], weight, 0.0)
-        tl.store(weight_place + 2 * C + row, tl.sum(weight, 0))
+        of_column += tl.sum(weight, 0)
         of_state = tl.sum(to_key * k.to(tl.float32), 1)
-        tl.store(weight_place + 3 * C + row, of_state + tl.sum(weight, 1))
+        of_read = of_state + tl.sum(weight, 1)
     of_lower = to_lower.to(dtype)
 
     # And as they write to the leaving state.
-    rate = (tl.load(factor + RATE * C) * tl.load(factor + WRITE * C))[:, None]
-    kept_state = tl.zeros([BK], tl.float32)
+    left_factor = (rate * left * key_scale)[:, None]
+    kept_state = 0.0
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
@@ -402,67 +386,27 @@ def gradients(
         state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         excess = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0).to(tl.float32)
         grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)
-        to_key = tl.dot((rate * excess).to(dtype), tl.trans(grad_state), to_key, input_precision=PRECISION)
+        to_key = tl.dot((left_factor * excess).to(dtype), tl.trans(grad_state), to_key, input_precision=PRECISION)
         if DECAY:
             state = tl.load(entering + state_offset, mask=state_in, other=0.0).to(tl.float32)
-            kept_state += tl.sum(state * grad_state.to(tl.float32), 1)
+            kept_state += tl.sum(tl.sum(state * grad_state.to(tl.float32), 1), 0)
     k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0)
     if DECAY:
         of_write = tl.sum(to_key * k.to(tl.float32), 1) - of_state
-        tl.store(weight_place + 4 * C + row, of_write)
-        tl.store(weights + tl.num_programs(1).to(tl.int64) * chunks * (5 * C) + chunk, tl.sum(kept_state, 0))
+        # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what of the rows
+        # before it leaves. Pairs of one token, and rows that leave after it, are left out, not cancelled.
+        change = to_tokens(of_read - of_column, token, row_token, MICRO) + of_query
+        before = tl.sum(tl.where(row_token[:, None] < token[None, :], of_write[:, None], 0.0), 0)
+        to_decay = tl.cumsum(change, 0, reverse=True) + before + through * kept_state
+        if RESET:
+            begin = tl.load(flags + token, mask=token_in, other=0)
+            to_decay = tl.where(begin != 0, 0.0, to_decay)
+        tl.store(grad_decay + origin + token * heads, to_decay, mask=token_in)
     q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0)
     to_key = tl.dot(tl.trans(of_score), q, to_key, input_precision=PRECISION)
     to_key = tl.dot(of_lower, k, to_key, input_precision=PRECISION)
     to_key = tl.dot(tl.trans(of_lower), k, to_key, input_precision=PRECISION)
     if NORMALIZE:
         wide_key = k.to(tl.float32)
-        key_scale = tl.load(factor + KEY * C)
         to_key -= wide_key * (tl.sum(to_key * wide_key, 1) * key_scale * key_scale)[:, None]
     tl.store(grad_keys + key_offset, to_key.to(dtype), mask=row_in[:, None] & key_in)
-
-
-@triton.jit
-def decay_gradients(
-    weights,
-    carried,
-    reset,
-    grad_decay,
-    tokens,
-    heads,
-    chunks,
-    C: tl.constexpr,
-    MICRO: tl.constexpr,
-    BQ: tl.constexpr,
-    RESET: tl.constexpr,
-):
-    """The gradients of the log-decays, from `weights`. Grid: (chunks, batch × heads).
-
-    Those are, of each chunk, what its queries read; what of its rows queries and later keys read; what its keys
-    read; what its rows leave; and after those of all chunks ⟨S, dS'⟩, one number each.
-
-    A log-decay weighs what the rows from its own on read, less what of theirs is read, and what of the rows before it
-    leaves. Pairs of one token, and rows that leave after it, are left out, not cancelled.
-    """
-    TOKENS: tl.constexpr = C // MICRO
-    n = tl.program_id(0)
-    pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    chunk = pair.to(tl.int64) * chunks + n
-    row = tl.arange(0, C)
-    token = tl.arange(0, BQ)
-    row_token = row // MICRO
-    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
-    place = weights + chunk * (5 * C)
-    change = tl.load(place + 3 * C + row) - tl.load(place + C + row) - tl.load(place + 2 * C + row)
-    after = row_token[:, None] >= token[None, :]
-    found = tl.sum(tl.where(after, change[:, None], tl.load(place + 4 * C + row)[:, None]), 0)
-    asked = tl.load(place + token, mask=token < TOKENS, other=0.0)
-    found += tl.cumsum(asked, 0, reverse=True)
-    kept_state = tl.load(weights + tl.num_programs(1).to(tl.int64) * chunks * (5 * C) + chunk)
-    found += tl.load(carried + chunk) * kept_state
-    if RESET:
-        begin = tl.load(reset + batch * tokens + n * TOKENS + token, mask=token_in, other=0)
-        found = tl.where(begin != 0, 0.0, found)
-    origin = ((batch * tokens + n * TOKENS) * heads + pair % heads).to(tl.int64)
-    tl.store(grad_decay + origin + token * heads, found, mask=token_in)

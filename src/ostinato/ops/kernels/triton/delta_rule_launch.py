@@ -432,36 +432,21 @@ def gradients(
         "maxnreg": p.gradient_registers,
     }
     if chunks.totals is None:
-        count = p.pairs * p.chunks
-        weights = grad_beta.new_empty(0 if log_decay is None else count * (5 * p.chunk + 1))
         of_heads.gradients[(p.chunks, p.pairs)](
             queries,
             keys,
+            rates,
             keys if log_decay is None else log_decay,
-            chunks.factors,
+            flags,
             chunks.scores,
             *walked,
             grad_outputs,
-            *found[:4],
-            weights,
+            *found,
             *p.sizes(),
             **options,
             DECAY=log_decay is not None,
             EXACT=queries.dtype == torch.float32,
         )
-        if log_decay is not None:
-            of_heads.decay_gradients[(p.chunks, p.pairs)](
-                weights,
-                chunks.carried,
-                flags,
-                grad_decay,
-                *p.sizes(),
-                C=p.chunk,
-                MICRO=p.micro,
-                BQ=p.query_block,
-                RESET=reset is not None,
-                num_warps=4,
-            )
     else:
         of_channels.gradients[(p.chunks, p.pairs)](
             queries,
