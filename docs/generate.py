@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from ostinato.analysis.taxonomy import COLUMNS, taxonomy
+from ostinato.comparison.linear import rows_of
 from ostinato.mixers import registry as mixers
 from ostinato.papers import catalogue
 from ostinato.papers.runner import verdict
@@ -119,6 +120,52 @@ def taxonomy_table() -> str:
     return table(list(COLUMNS), [[f"`{row['mixer']}`", *list(row.values())[1:]] for row in taxonomy()])
 
 
+def linear_family() -> str:
+    """What each linear recurrence can do: the committed table, with what moves each state on beside the numbers."""
+    path = catalogue.results_folder() / "linear_family.json"
+    if not path.is_file():
+        return "No run of `ostinato compare --preset linear` has been committed yet.\n"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    headers, rows, best = rows_of(content)
+    rows = [[f"**{cell}**" if (i, j) in best else cell for j, cell in enumerate(row)] for i, row in enumerate(rows)]
+    kinds = {row["mixer"]: row for row in taxonomy(dict.fromkeys(row["mixer"] for row in content["rows"]))}
+    beside = ("transition", "depends on", "mixes channels")
+    shown = []
+    for row, record in zip(rows, content["rows"], strict=True):
+        kind = kinds[record["mixer"]]
+        shown.append([f"`{row[0]}`", *(kind[column] for column in beside), *row[1:]])
+    parts = [table([headers[0], *beside, *headers[1:]], shown), "\n", _tasks_of(content), "\n"]
+    sizes = ", ".join(f"{key} {value}" for key, value in content["sizes"].items())
+    done, total = content["finished"]
+    where = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+    parts.append(f"Budget {content['budget']}: {sizes}; {done} of {total} runs; {where}.\n")
+    for name, load in content["speed_loads"].items():
+        kind = "two threads of the processor" if name == "cpu" else "GPU"
+        half = ", bfloat16" if load["half"] else ""
+        parts.append(
+            f"\nTokens a second, {kind}: forward and backward of {load['depth']} layers of width {load['d_model']} "
+            f"over {load['batch']} × {load['length']} tokens{half}, without channel mixers.\n"
+        )
+    return "".join(parts)
+
+
+def _tasks_of(content: dict) -> str:
+    """The tasks of the table, and what needs no network."""
+    rows = []
+    for part in content["trainings"]:
+        floors = {"chance": part["chance"], **part["baselines"]}
+        width = f"at {part['parameters']:,} parameters" if part["parameters"] else ""
+        rows.append(
+            [
+                ", ".join(part["columns"]),
+                f"`{part['task']}` {width}".strip(),
+                f"{part['steps']} × {part['batch_size']}",
+                ", ".join(f"{name} {value:.2f}" for name, value in floors.items()),
+            ]
+        )
+    return table(["columns", "task", "steps × batch", "without a network"], rows)
+
+
 def tolerances_table() -> str:
     """What the law allows, by type."""
     rows = [[dtype_name(t), f"{TOLERANCES[t]:.1e}", f"{GRADIENT_TOLERANCES[t]:.1e}"] for t in TOLERANCES]
@@ -131,6 +178,7 @@ def main() -> None:
     generated.mkdir(exist_ok=True)
     lists = {"mixers": mixers_table(), "tasks": tasks_table(), "tolerances": tolerances_table()}
     lists["taxonomy"] = taxonomy_table()
+    lists["linear_family"] = linear_family()
     lists |= {room: systems_table(room) for room in ("analysis", "theory", "quantum")}
     for name, text in lists.items():
         (generated / f"{name}.md").write_text(text, encoding="utf-8")

@@ -84,3 +84,21 @@ def test_rows_without_results() -> None:
 def test_unknown_budget() -> None:
     with pytest.raises(UnknownNameError, match="smoke"):
         budget_of("smokes")
+
+
+def test_the_page_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpy
+
+    generate = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "generate.py"))
+    catalogue = generate["catalogue"]
+    monkeypatch.setattr(catalogue, "results_folder", lambda: tmp_path)
+    assert "has been committed yet" in generate["linear_family"]()
+    budget = budget_of("smoke")
+    cells, without = cells_of(budget, ["delta_net(negative_eigenvalues=True)"])
+    found = run_cells(cells, tmp_path)
+    content = content_of("smoke", ["delta_net(negative_eigenvalues=True)"], cells, found, {}, without)
+    (tmp_path / "linear_family.json").write_text(json.dumps(content))
+    page = generate["linear_family"]()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `delta_net(")]
+    assert len(rows) == 1 and rows[0][1:4] == ["rank-1", "input", "yes"] and rows[0][4].startswith("**")
+    assert "8 of 8" not in page and "4 of 4 runs" in page and "most frequent answer" in page

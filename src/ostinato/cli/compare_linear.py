@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,27 @@ def linear(
     json: bool,
 ) -> None:
     """Run what is missing of the table, and write what there is: page, JSON, and the table itself."""
+    import torch
+
     from ostinato.cli.compare import run_with_bar
     from ostinato.cli.runs import split_names
     from ostinato.comparison.linear import budget_of, cells_of, content_of, plans_of, rows_of
+    from ostinato.comparison.speed import CPU_LOAD, CUDA_LOAD, Load
     from ostinato.files import write_json
 
-    begin = time.monotonic()
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     wanted = budget_of(budget)
     plans = plans_of(wanted, split_names(mixers))
     cells, without = cells_of(wanted, plans)
     folder = out_folder or Path("reports") / f"linear-{budget}"
-    # Speed first, while nothing else runs.
-    speeds = _speeds(plans, folder, retry, budget)
-    left = None if minutes is None else max(0.0, minutes - (time.monotonic() - begin) / 60)
+    # Speed is measured while nothing else runs: on the CPU before the cells, on a GPU, where kernels are compiled
+    # first, after them.
+    speeds: dict[str, dict[str, Any]] = {plan: {} for plan in plans}
+    _add_speeds(speeds, "cpu", CPU_LOAD if budget != "smoke" else Load(16, 1, 1, 16), folder, retry, end)
+    left = None if minutes is None else max(0.0, (end - time.monotonic()) / 60)
     found = run_with_bar(cells, folder, jobs, left, retry)
+    if torch.cuda.is_available() and budget == "gpu":
+        _add_speeds(speeds, "cuda", CUDA_LOAD, folder, retry, end)
     content = content_of(budget, plans, cells, found, speeds, without)
     write_json(folder / "result.json", content)
     if save is not None:
@@ -47,30 +55,26 @@ def linear(
     out.print(f"\n{done} of {total} runs; {folder / 'index.html'}")
 
 
-def _speeds(plans: list[str], folder: Path, retry: bool, budget: str) -> dict[str, dict[str, Any]]:
-    """Tokens a second of every plan, here and on a GPU if there is one; kept in files, like cells."""
-    import torch
-
-    from ostinato.comparison.speed import CPU_LOAD, CUDA_LOAD, Load, measure_speed
+def _add_speeds(
+    speeds: dict[str, dict[str, Any]], device: str, load: Any, folder: Path, retry: bool, end: float
+) -> None:
+    """Tokens a second of every plan on a device, kept in a file; begins no measurement after the time `end`."""
+    from ostinato.comparison.speed import measure_speed
     from ostinato.files import read_json, write_json
 
-    loads = {"cpu": CPU_LOAD if budget != "smoke" else Load(16, 1, 1, 16)}
-    if torch.cuda.is_available() and budget == "gpu":
-        loads["cuda"] = CUDA_LOAD
-    found: dict[str, dict[str, Any]] = {}
-    for device, load in loads.items():
-        path = folder / f"speed-{device}.json"
-        known: dict[str, Any] = read_json(path) if path.exists() else {}
-        for plan in plans:
-            if plan not in known or (retry and "failed" in known[plan]):
-                err.print(f"[dim]speed of {plan}, {device}[/]", highlight=False)
-                try:
-                    known[plan] = measure_speed(plan, load, device)
-                except Exception as error:  # one mixer's failure is its own
-                    known[plan] = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-                write_json(path, known)
-            found.setdefault(plan, {})[device] = known[plan]
-    return found
+    path = folder / f"speed-{device}.json"
+    known: dict[str, Any] = read_json(path) if path.exists() else {}
+    for plan, found in speeds.items():
+        if (plan not in known or (retry and "failed" in known[plan])) and time.monotonic() < end:
+            err.print(f"[dim]speed of {plan}, {device}[/]", highlight=False)
+            try:
+                known[plan] = measure_speed(plan, load, device)
+            except Exception as error:  # one mixer's failure is its own
+                text = str(error).strip().splitlines()
+                known[plan] = {"failed": f"{type(error).__name__}: {text[0] if text else ''}"}
+            write_json(path, known)
+        if plan in known:
+            found[device] = known[plan]
 
 
 def _page(folder: Path, content: dict[str, Any], found: dict[Any, dict[str, Any]], budget: Any) -> None:
