@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -84,3 +84,23 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+_FITS: dict[Hashable, int] = {}
+
+
+def fitting(key: Hashable, launch: Callable[[Any], Any], choices: Sequence[Any]) -> Any:
+    """`launch` with the first of `choices`, from large to small, whose kernels the card has room for.
+
+    Which one that is is remembered for `key`. Raises what the last one raises.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    for index in range(_FITS.get(key, 0), len(choices)):
+        try:
+            result = launch(choices[index])
+        except OutOfResources:
+            if index == len(choices) - 1:
+                raise
+            continue
+        _FITS[key] = index
+        return result
+    raise ValueError("no choices")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_tile, store_tile
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS
 from ostinato.ops.kernels.triton.linear_attention_channels import bounded, halving, square, sums
-from ostinato.ops.kernels.triton.linear_attention_walk import state_block
+from ostinato.ops.kernels.triton.linear_attention_walk import factor, put, state_block, tile
 
 
 @triton.jit
@@ -23,7 +23,8 @@ def _pairs_by_halves(
     REVERSE: tl.constexpr,
     FINE: tl.constexpr,
     PRECISION: tl.constexpr,
-    operand: tl.constexpr,
+    TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Decayed scores (reader, written), without mask."""
     step = tl.arange(0, ROWS)
@@ -32,7 +33,7 @@ def _pairs_by_halves(
         size = 1 << level
         between, late = halving(step, size)
         reads = late == 0 if REVERSE else late
-        both = (tl.where(reads[:, None], x, z) * tl.exp2(sums(between, g, FINE))).to(operand)
+        both = factor(tl.where(reads[:, None], x, z) * tl.exp2(sums(between, g, FINE)), TYPE, WIDE)
         decayed = tl.dot(both, tl.trans(both), input_precision=PRECISION)
         scores = tl.where(square(step, size, reads), decayed, scores)
     return scores
@@ -78,7 +79,9 @@ def by_key(
     LAST: tl.constexpr,
     OUTPUTS: tl.constexpr,
     FINE: tl.constexpr,
+    TYPE: tl.constexpr,
     WIDE: tl.constexpr,
+    COPIED: tl.constexpr,
     PRECISION: tl.constexpr,
     STRONG: tl.constexpr,
     STAGES: tl.constexpr,
@@ -94,13 +97,14 @@ def by_key(
         return
     batch, head = sequence // heads, sequence % heads
     first = block * BV
-    readers += batch * readers_batch + head * readers_head
-    written += batch * written_batch + head * written_head
-    values += batch * values_batch + head * values_head
     log_decay += (batch * time * heads + head) * KEY_DIM
-    centred += (batch * time * heads + head) * KEY_DIM
+    if not COPIED:
+        readers += batch * readers_batch + head * readers_head
+        written += batch * written_batch + head * written_head
+        values += batch * values_batch + head * values_head
+        centred += (batch * time * heads + head) * KEY_DIM
+        outputs += (batch * time * heads + head) * VALUE_DIM
     totals += sequence * (padded // ROWS) * KEY_DIM
-    outputs += (batch * time * heads + head) * VALUE_DIM
     reset += batch * time
     parts += batch * padded
 
@@ -110,7 +114,6 @@ def by_key(
         state = tl.load(initial + place, mask=inside, other=0.0).to(tl.float32)
     else:
         state = tl.zeros([BK, BV], dtype=tl.float32)
-    operand: tl.constexpr = tl.float32 if WIDE else values.dtype.element_ty
     step, key = tl.arange(0, ROWS), tl.arange(0, BK)
     whole = tl.zeros([BK], dtype=tl.float32)
     count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks)
@@ -119,12 +122,13 @@ def by_key(
             start = (segment * chunks + count - 1 - index) * ROWS
         else:
             start = (segment * chunks + index) * ROWS
-        z = load_tile(written, start, written_time, time, 0, KEY_DIM, ROWS, BK)
+        z = tile(written, start, written_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
         if OUTPUTS:
-            x = load_tile(readers, start, readers_time, time, 0, KEY_DIM, ROWS, BK)
+            x = tile(readers, start, readers_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
         else:
             x = z
-        u = load_tile(values, start, values_time, time, first, VALUE_DIM, ROWS, BV).to(operand)
+        u = tile(values, start, values_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
+        u = factor(u, TYPE, WIDE)
         keep = step[:, None] <= step[None, :] if REVERSE else step[:, None] >= step[None, :]
         kept_of_state = 1.0
         if RESET:
@@ -141,18 +145,18 @@ def by_key(
         whole += of_chunk
         if STRONG == 0:
             half = 0.5 * of_chunk
-            total = load_tile(centred, start, heads * KEY_DIM, time, 0, KEY_DIM, ROWS, BK)
+            total = tile(centred, start, heads * KEY_DIM, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
             if REVERSE:
                 total = -total
-            wrote = (z * tl.exp2(-total)).to(operand)
+            wrote = factor(z * tl.exp2(-total), TYPE, WIDE)
             state = state * tl.exp2(half)[:, None]
             if OUTPUTS:
-                read = (x * tl.exp2(total)).to(operand)
+                read = factor(x * tl.exp2(total), TYPE, WIDE)
                 scores = tl.dot(read, tl.trans(wrote), input_precision=PRECISION)
-                y = tl.dot(read, state.to(operand), input_precision=PRECISION)
+                y = tl.dot(read, factor(state, TYPE, WIDE), input_precision=PRECISION)
                 if RESET:
                     y = tl.where(enters[:, None], y, 0.0)
-                y = tl.dot(tl.where(keep, scores, 0.0).to(operand), u, acc=y, input_precision=PRECISION)
+                y = tl.dot(factor(tl.where(keep, scores, 0.0), TYPE, WIDE), u, acc=y, input_precision=PRECISION)
             if RESET:
                 wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
                 state = state * kept_of_state
@@ -164,19 +168,21 @@ def by_key(
             if REVERSE:
                 before, after = after, before
             if OUTPUTS:
-                y = tl.dot((x * tl.exp2(before)).to(operand), state.to(operand), input_precision=PRECISION)
+                y = tl.dot(
+                    factor(x * tl.exp2(before), TYPE, WIDE), factor(state, TYPE, WIDE), input_precision=PRECISION
+                )
                 if RESET:
                     y = tl.where(enters[:, None], y, 0.0)
-                scores = _pairs_by_halves(x, z, g, levels, ROWS, REVERSE, FINE, PRECISION, operand)
-                y = tl.dot(tl.where(keep, scores, 0.0).to(operand), u, acc=y, input_precision=PRECISION)
-            wrote = (z * tl.exp2(after)).to(operand)
+                scores = _pairs_by_halves(x, z, g, levels, ROWS, REVERSE, FINE, PRECISION, TYPE, WIDE)
+                y = tl.dot(factor(tl.where(keep, scores, 0.0), TYPE, WIDE), u, acc=y, input_precision=PRECISION)
+            wrote = factor(z * tl.exp2(after), TYPE, WIDE)
             state = state * tl.exp2(of_chunk)[:, None]
             if RESET:
                 wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
                 state = state * kept_of_state
             state = tl.dot(tl.trans(wrote), u, acc=state, input_precision=PRECISION)
         if OUTPUTS:
-            store_tile(outputs, start, heads * VALUE_DIM, time, first, y, VALUE_DIM, ROWS, BV)
+            put(outputs, start, heads * VALUE_DIM, time, first, batch, head, y, VALUE_DIM, ROWS, BV, COPIED)
 
     if LAST:
         tl.store(last + place, state, mask=inside)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, store_tile
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile
 from ostinato.ops.kernels.triton.linear_attention_channels import bounded, halving, square, sums
-from ostinato.ops.kernels.triton.linear_attention_walk import state_block
+from ostinato.ops.kernels.triton.linear_attention_walk import factor, put, state_block, tile
 
 
 @triton.jit
@@ -24,7 +24,8 @@ def _outputs_by_halves(
     REVERSE: tl.constexpr,
     FINE: tl.constexpr,
     PRECISION: tl.constexpr,
-    operand: tl.constexpr,
+    TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """y plus the outputs of `scores` (reader, written) off the diagonal."""
     step = tl.arange(0, ROWS)
@@ -32,9 +33,9 @@ def _outputs_by_halves(
         size = 1 << level
         between, late = halving(step, size)
         reads = late == 0 if REVERSE else late
-        factor = tl.exp2(sums(between, g, FINE))
-        chosen = tl.where(square(step, size, reads), scores, 0.0).to(operand)
-        y += factor * tl.dot(chosen, (u * factor).to(operand), input_precision=PRECISION)
+        decay = tl.exp2(sums(between, g, FINE))
+        chosen = factor(tl.where(square(step, size, reads), scores, 0.0), TYPE, WIDE)
+        y += decay * tl.dot(chosen, factor(u * decay, TYPE, WIDE), input_precision=PRECISION)
     return y
 
 
@@ -83,7 +84,9 @@ def by_value(
     RESET: tl.constexpr,
     INITIAL: tl.constexpr,
     FINE: tl.constexpr,
+    TYPE: tl.constexpr,
     WIDE: tl.constexpr,
+    COPIED: tl.constexpr,
     PRECISION: tl.constexpr,
     STRONG: tl.constexpr,
     STAGES: tl.constexpr,
@@ -101,17 +104,18 @@ def by_value(
         return
     batch, head = sequence // heads, sequence % heads
     first = block * BV
-    readers += batch * readers_batch + head * readers_head
-    written += batch * written_batch + head * written_head
-    values += batch * values_batch + head * values_head
-    beside += batch * beside_batch + head * beside_head
     own_rows = (batch * time * heads + head) * VALUE_DIM
     log_decay += own_rows
-    centred += own_rows
+    if not COPIED:
+        readers += batch * readers_batch + head * readers_head
+        written += batch * written_batch + head * written_head
+        values += batch * values_batch + head * values_head
+        beside += batch * beside_batch + head * beside_head
+        centred += own_rows
+        outputs += own_rows
+        gradient += own_rows
+        products += own_rows
     totals += sequence * (padded // ROWS) * VALUE_DIM
-    outputs += own_rows
-    gradient += own_rows
-    products += sequence * time * VALUE_DIM
     reset += batch * time
     parts += batch * padded
 
@@ -133,7 +137,6 @@ def by_value(
             reader = tl.load(last_reader + sequence * KEY_DIM + key, mask=key < KEY_DIM, other=0.0)
             read_of_end = tl.sum(state * reader.to(tl.float32)[:, None], axis=0)
 
-    operand: tl.constexpr = tl.float32 if WIDE else values.dtype.element_ty
     step = tl.arange(0, ROWS)
     row = heads * VALUE_DIM
     count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks)
@@ -142,9 +145,9 @@ def by_value(
             start = (segment * chunks + count - 1 - index) * ROWS
         else:
             start = (segment * chunks + index) * ROWS
-        x = load_tile(readers, start, readers_time, time, 0, KEY_DIM, ROWS, BK)
-        z = load_tile(written, start, written_time, time, 0, KEY_DIM, ROWS, BK)
-        u = load_tile(values, start, values_time, time, first, VALUE_DIM, ROWS, BV)
+        x = tile(readers, start, readers_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
+        z = tile(written, start, written_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
+        u = tile(values, start, values_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
         at_end = start + step == time - 1
 
         scores = tl.dot(x, tl.trans(z), input_precision=PRECISION)
@@ -169,19 +172,19 @@ def by_value(
         of_chunk = tl.load(totals + start // ROWS * VALUE_DIM + channel, mask=channel < VALUE_DIM, other=0.0)
         if STRONG == 0:
             half = 0.5 * of_chunk
-            total = load_tile(centred, start, row, time, first, VALUE_DIM, ROWS, BV)
+            total = tile(centred, start, row, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
             if REVERSE:
                 total = -total
-            wrote = (u * tl.exp2(-total)).to(operand)
+            wrote = factor(u * tl.exp2(-total), TYPE, WIDE)
             state = state * tl.exp2(half)[None, :]
-            y = tl.dot(x.to(operand), state.to(operand), input_precision=PRECISION)
+            y = tl.dot(factor(x, TYPE, WIDE), factor(state, TYPE, WIDE), input_precision=PRECISION)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
-            y = tl.dot(scores.to(operand), wrote, acc=y, input_precision=PRECISION) * tl.exp2(total)
+            y = tl.dot(factor(scores, TYPE, WIDE), wrote, acc=y, input_precision=PRECISION) * tl.exp2(total)
             if RESET or not REVERSE:
                 wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
             state = state * kept_of_state
-            state = tl.dot(tl.trans(z).to(operand), wrote, acc=state, input_precision=PRECISION)
+            state = tl.dot(factor(tl.trans(z), TYPE, WIDE), wrote, acc=state, input_precision=PRECISION)
             state = state * tl.exp2(half)[None, :]
         else:
             g = bounded(log_decay, reset, start, row, time, VALUE_DIM, ROWS, BV, RESET, first)
@@ -189,22 +192,22 @@ def by_value(
             after = sums(step[:, None] < step[None, :], g, FINE)
             if REVERSE:
                 before, after = after, before
-            y = tl.dot(x.to(operand), state.to(operand), input_precision=PRECISION) * tl.exp2(before)
+            y = tl.dot(factor(x, TYPE, WIDE), factor(state, TYPE, WIDE), input_precision=PRECISION) * tl.exp2(before)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
-            y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, operand)
-            wrote = (tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after)).to(operand)
+            y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, TYPE, WIDE)
+            wrote = factor(tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after), TYPE, WIDE)
             state = state * (tl.exp2(of_chunk) * kept_of_state)[None, :]
-            state = tl.dot(tl.trans(z).to(operand), wrote, acc=state, input_precision=PRECISION)
+            state = tl.dot(factor(tl.trans(z), TYPE, WIDE), wrote, acc=state, input_precision=PRECISION)
 
-        w = load_tile(beside, start, beside_time, time, first, VALUE_DIM, ROWS, BV)
+        w = tile(beside, start, beside_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
         product = y * w
         y = y + own[:, None] * u
         if REVERSE and INITIAL:
             y = y + tl.where(at_end[:, None], read_of_end[None, :], 0.0)
-        store_tile(outputs, start, row, time, first, y, VALUE_DIM, ROWS, BV)
+        put(outputs, start, row, time, first, batch, head, y, VALUE_DIM, ROWS, BV, COPIED)
         if REVERSE:
-            change = load_tile(products, start, VALUE_DIM, time, first, VALUE_DIM, ROWS, BV) - product
+            change = tile(products, start, row, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED) - product
             later = step[:, None] <= step[None, :]
             if RESET:
                 later = later & (part[:, None] == part[None, :])
@@ -220,9 +223,9 @@ def by_value(
                 carry += tl.sum(change, axis=0)
             forgets = load_tile(log_decay, start, row, time, first, VALUE_DIM, ROWS, BV) <= FORGETS
             cumulated = tl.where(forgets, 0.0, cumulated)
-            store_tile(gradient, start, row, time, first, cumulated, VALUE_DIM, ROWS, BV)
+            put(gradient, start, row, time, first, batch, head, cumulated, VALUE_DIM, ROWS, BV, COPIED)
         else:
-            store_tile(products, start, VALUE_DIM, time, first, product, VALUE_DIM, ROWS, BV)
+            put(products, start, row, time, first, batch, head, product, VALUE_DIM, ROWS, BV, COPIED)
 
     if not REVERSE:
         tl.store(last + place, state, mask=inside)

@@ -5,6 +5,7 @@ The kernels, and the mathematics, are in `linear_attention_by_key` and `linear_a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,26 @@ from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.kernels.triton import linear_attention_channels as kernels
-from ostinato.ops.kernels.triton.launch import dot_precision, power_of_two
-from ostinato.ops.kernels.triton.linear_attention_by_key import by_key
-from ostinato.ops.kernels.triton.linear_attention_by_value import by_value
-from ostinato.ops.kernels.triton.linear_attention_heads import Plan, chunk_sums, enter, rowwise, segments, state_like
+from ostinato.ops.kernels.triton import linear_attention_heads as heads
+from ostinato.ops.kernels.triton.launch import dot_precision, fitting, power_of_two
+from ostinato.ops.kernels.triton.linear_attention_by_key import by_key as key_kernel
+from ostinato.ops.kernels.triton.linear_attention_by_value import by_value as value_kernel
+from ostinato.ops.kernels.triton.linear_attention_heads import (
+    TYPES,
+    Plan,
+    chunk_sums,
+    describable,
+    described,
+    enter,
+    rowwise,
+    segments,
+    state_like,
+    undescribed,
+)
 
-MILD, MILD_FLOAT32 = 112.0, 24.0
+MILD = 112.0
 """What a channel may forget in a chunk, as a logarithm to base 2, and be computed without halving: half of it is to
-stay within the types' range when exponentiated, and its rounding within float32's error where that matters."""
+stay within the types' range when exponentiated."""
 
 
 def plan_rows(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
@@ -46,7 +59,7 @@ def plan_by_value(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     rows = plan_rows(dtype, key_dim, value_dim)
     if dtype == torch.float32:
         return Plan(rows, min(32, block), warps=4, stages=1)
-    return Plan(rows, min(64, block), warps=8 if large else 4, stages=1 if large else 2)
+    return Plan(rows, min(32, block), warps=4, stages=1 if large else 2)
 
 
 class Walks(NamedTuple):
@@ -74,6 +87,7 @@ class Walks(NamedTuple):
             "RESET": self.reset is not None,
             "INITIAL": initial is not None,
             "FINE": dtype == torch.float32,
+            "TYPE": TYPES[dtype],
             "WIDE": dtype == torch.float16,
             "PRECISION": dot_precision(dtype),
             "STAGES": sizes.stages,
@@ -84,6 +98,23 @@ class Walks(NamedTuple):
         batch, time, heads, value_dim = values.shape
         blocks = triton.cdiv(value_dim, sizes.block)
         return blocks * batch * heads, triton.cdiv(time, self.chunks * self.rows)
+
+    def _launch(
+        self,
+        kernel: Any,
+        arguments: tuple[Any, ...],
+        written: Tensor,
+        values: Tensor,
+        initial: Tensor | None,
+        sizes: Plan,
+        flags: dict[str, Any],
+    ) -> None:
+        """Both kinds of the kernel; in float32 all sequences count as strong, which loses the fewest digits."""
+        shared = self._shared(written, values, sizes, initial) | flags
+        grid = self._grid(values, sizes)
+        if values.dtype != torch.float32:
+            kernel[grid](*arguments, STRONG=0, **shared)
+        kernel[grid](*arguments, STRONG=1, **(shared | {"STAGES": 1}))
 
     def by_key(
         self,
@@ -100,32 +131,43 @@ class Walks(NamedTuple):
         sizes = plan_by_key(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
         outputs = values.new_empty((0,) if kept is not None else values.shape)
         none = outputs
-        arguments = (
-            readers,
-            written,
-            values,
-            self.log_decay,
-            none if self.reset is None else self.reset,
-            *self.sums,
-            none if self.parts is None else self.parts,
-            none if initial is None else initial,
-            outputs,
-            none if last is None else last,
-            none if kept is None else kept,
-            values.shape[1],
-            triton.cdiv(values.shape[1], self.rows) * self.rows,
-            values.shape[2],
-            self.chunks,
-            self.rows.bit_length() - 1,
-            *readers.stride()[:3],
-            *written.stride()[:3],
-            *values.stride()[:3],
-        )
-        shared = self._shared(written, values, sizes, initial)
-        for strong in (0, 1):
-            by_key[self._grid(values, sizes)](
-                *arguments, LAST=last is not None, OUTPUTS=kept is None, STRONG=strong, **shared
+
+        def launch(sizes: Plan) -> None:
+            centred, totals, strong_ones = self.sums
+            tensors = (readers, written, values, outputs, centred)
+            copied = (
+                heads.COPY_ENGINE and values.element_size() == 2 and kept is None and all(map(describable, tensors))
             )
+            describe = partial(described, rows=self.rows) if copied else undescribed
+            width = max(16, power_of_two(written.shape[-1]))
+            arguments = (
+                describe(readers, width),
+                describe(written, width),
+                describe(values, sizes.block),
+                self.log_decay,
+                none if self.reset is None else self.reset,
+                describe(centred, width),
+                totals,
+                strong_ones,
+                none if self.parts is None else self.parts,
+                none if initial is None else initial,
+                describe(outputs, sizes.block),
+                none if last is None else last,
+                none if kept is None else kept,
+                values.shape[1],
+                triton.cdiv(values.shape[1], self.rows) * self.rows,
+                values.shape[2],
+                self.chunks,
+                self.rows.bit_length() - 1,
+                *readers.stride()[:3],
+                *written.stride()[:3],
+                *values.stride()[:3],
+            )
+            flags = {"LAST": last is not None, "OUTPUTS": kept is None, "COPIED": copied}
+            self._launch(key_kernel, arguments, written, values, initial, sizes, flags)
+
+        key = ("linear_attention by key", sizes, values.dtype, self.rows, written.shape[-1], kept is None)
+        fitting(key, launch, sizes.smaller())
         return outputs
 
     def by_value(
@@ -145,35 +187,46 @@ class Walks(NamedTuple):
         """Outputs. Forwards fills `products` and `last`; backwards reads `products` and `flow`, fills `gradient`."""
         sizes = plan_by_value(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
         outputs = torch.empty_like(values, memory_format=torch.contiguous_format)
-        arguments = (
-            readers,
-            written,
-            values,
-            beside,
-            self.log_decay,
-            outputs if self.reset is None else self.reset,
-            *self.sums,
-            outputs if self.parts is None else self.parts,
-            outputs if initial is None else initial,
-            outputs,
-            products,
-            products if flow is None else flow,
-            products if gradient is None else gradient,
-            products if last is None else last,
-            readers[:, -1].contiguous(),
-            values.shape[1],
-            triton.cdiv(values.shape[1], self.rows) * self.rows,
-            values.shape[2],
-            self.chunks,
-            self.rows.bit_length() - 1,
-            *readers.stride()[:3],
-            *written.stride()[:3],
-            *values.stride()[:3],
-            *beside.stride()[:3],
-        )
-        shared = self._shared(written, values, sizes, initial)
-        for strong in (0, 1):
-            by_value[self._grid(values, sizes)](*arguments, STRONG=strong, **shared)
+        into = products if gradient is None else gradient
+
+        def launch(sizes: Plan) -> None:
+            centred, totals, strong_ones = self.sums
+            tensors = (readers, written, values, beside, outputs, centred, products, into)
+            copied = heads.COPY_ENGINE and values.element_size() == 2 and all(map(describable, tensors))
+            describe = partial(described, rows=self.rows) if copied else undescribed
+            width = max(16, power_of_two(written.shape[-1]))
+            arguments = (
+                describe(readers, width),
+                describe(written, width),
+                describe(values, sizes.block),
+                describe(beside, sizes.block),
+                self.log_decay,
+                outputs if self.reset is None else self.reset,
+                describe(centred, sizes.block),
+                totals,
+                strong_ones,
+                outputs if self.parts is None else self.parts,
+                outputs if initial is None else initial,
+                describe(outputs, sizes.block),
+                describe(products, sizes.block),
+                products if flow is None else flow,
+                describe(into, sizes.block),
+                products if last is None else last,
+                readers[:, -1].contiguous(),
+                values.shape[1],
+                triton.cdiv(values.shape[1], self.rows) * self.rows,
+                values.shape[2],
+                self.chunks,
+                self.rows.bit_length() - 1,
+                *readers.stride()[:3],
+                *written.stride()[:3],
+                *values.stride()[:3],
+                *beside.stride()[:3],
+            )
+            self._launch(value_kernel, arguments, written, values, initial, sizes, {"COPIED": copied})
+
+        key = ("linear_attention by value", sizes, values.dtype, self.rows, written.shape[-1], self.reverse)
+        fitting(key, launch, sizes.smaller())
         return outputs
 
     def entering(self, written: Tensor, values: Tensor, initial: Tensor | None, last: Tensor) -> Tensor | None:
@@ -188,13 +241,15 @@ class Walks(NamedTuple):
         return enter(added, kept, initial, last, self.reverse)
 
 
-def channel_sums(log_decay: Tensor, reset: Tensor | None, rows: int, mild: float) -> tuple[Tensor, Tensor, Tensor]:
+def channel_sums(
+    log_decay: Tensor, reset: Tensor | None, rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cumulative sums in each chunk, about the middle; those of the whole chunk; and which are strong."""
     batch, time, heads, width = log_decay.shape
     chunks = triton.cdiv(time, rows)
     centred = torch.empty_like(log_decay, dtype=torch.float32)
     totals = centred.new_empty(batch, heads, chunks, width)
-    strong = centred.new_zeros(batch, heads, dtype=torch.int32)
+    strong = centred.new_full((batch, heads), int(dtype == torch.float32), dtype=torch.int32)
     kernels.channel_sums[(chunks, batch * heads)](
         log_decay,
         centred if reset is None else reset,
@@ -203,7 +258,7 @@ def channel_sums(log_decay: Tensor, reset: Tensor | None, rows: int, mild: float
         strong,
         time,
         heads,
-        MILD=mild,
+        MILD=MILD,
         WIDTH=width,
         ROWS=rows,
         COLUMNS=max(16, power_of_two(width)),
@@ -223,7 +278,7 @@ def _prepared(
     reset = None if reset is None else reset.contiguous()
     chunks = segments(queries, sizes.rows, programs, sizes.warps)
     log_decay = log_decay.contiguous()
-    sums = channel_sums(log_decay, reset, sizes.rows, MILD_FLOAT32 if values.dtype == torch.float32 else MILD)
+    sums = channel_sums(log_decay, reset, sizes.rows, values.dtype)
     walks = Walks(log_decay, reset, sums, parts, False, chunks, sizes.rows)
     return walks, None if state is None else state.to(accumulation_dtype(queries.dtype)).contiguous()
 
@@ -259,14 +314,13 @@ def backward(
     queries, keys, values, grad = (rowwise(tensor) for tensor in (queries, keys, values, grad.to(queries.dtype)))
     walks, initial = _prepared(queries, values, log_decay, state, reset)
     back = walks._replace(reverse=True)
-    batch, time, heads, key_dim = queries.shape
     end, start = state_like(queries, values), state_like(queries, values)
     flowing = None if grad_last is None else grad_last.to(end.dtype).contiguous()
 
     entering = walks.entering(keys, values, initial, end)
     behind = back.entering(queries, grad, flowing, start)
     one_segment = behind is flowing
-    products = queries.new_empty(batch * heads, time, key_dim, dtype=torch.float32)
+    products = queries.new_empty(queries.shape, dtype=torch.float32)
     ends = end if entering is None else torch.empty_like(entering)
     of_queries = walks.by_value(grad, values, keys, queries, products, initial=entering, last=ends)
     # What of the loss goes through the state at the end of each segment, by key channel.

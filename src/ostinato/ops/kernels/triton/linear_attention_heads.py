@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.kernels.triton import chunk_parts
 from ostinato.ops.kernels.triton import linear_attention_walk as kernels
-from ostinato.ops.kernels.triton.launch import card, dot_precision, power_of_two
+from ostinato.ops.kernels.triton.launch import card, dot_precision, fitting, power_of_two
 
 SHORTEST_SEGMENT = 8
 """Chunks: a segment has at least as many, so that the passes over its edges cost little beside it."""
@@ -32,8 +32,14 @@ class Plan(NamedTuple):
     """Value channels of a program."""
     warps: int
     stages: int
-    copied: bool = False
-    """Tiles are moved by the card's copy engine, where it can."""
+
+    def smaller(self) -> list[Plan]:
+        """This, and what to take where it does not fit."""
+        return [self, self._replace(stages=1), self._replace(stages=1, block=16)]
+
+
+COPY_ENGINE = False
+"""Whether tiles of half precision are moved by the card's copy engine (by descriptors of tensors), where it can."""
 
 
 def plan(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
@@ -42,7 +48,7 @@ def plan(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     if dtype == torch.float32:
         return Plan(rows=32, block=min(32, value_block), warps=4, stages=1)
     large = power_of_two(key_dim) > 128
-    return Plan(rows=64, block=min(64, value_block), warps=8 if large else 4, stages=1 if large else 2)
+    return Plan(64, min(64, value_block), warps=8 if large else 4, stages=1 if large else 2)
 
 
 def segments(tensor: Tensor, rows: int, programs: int, warps: int) -> int:
@@ -77,10 +83,10 @@ def enter(added: Tensor, kept: Tensor, initial: Tensor | None, last: Tensor, rev
     return entering
 
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _describable(tensor: Tensor) -> bool:
+def describable(tensor: Tensor) -> bool:
     """Whether the copy engine can read it as (batch, time, heads · dim)."""
     batch, time, heads, dim = tensor.stride()
     width, size = tensor.shape[-1], tensor.element_size()
@@ -88,12 +94,12 @@ def _describable(tensor: Tensor) -> bool:
     return aligned and dim == 1 and heads == width and width >= 16 and width & (width - 1) == 0
 
 
-def _described(tensor: Tensor, columns: int, *, rows: int) -> TensorDescriptor:
+def described(tensor: Tensor, columns: int, *, rows: int) -> TensorDescriptor:
     batch, time, heads, dim = tensor.shape
     return TensorDescriptor(tensor, [batch, time, heads * dim], [*tensor.stride()[:2], 1], [1, rows, columns])
 
 
-def _undescribed(tensor: Tensor, columns: int) -> Tensor:
+def undescribed(tensor: Tensor, columns: int) -> Tensor:
     return tensor
 
 
@@ -131,17 +137,32 @@ class Walk(NamedTuple):
 
         `strides` are those of a state's key and value channels in memory, in the roles of this walk.
         """
+        roles = (readers, written, values, strides, initial, last, kept, beside)
+        sizes = plan(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
+        key = ("linear_attention", sizes, values.dtype, self.rows, written.shape[-1], self.reverse, beside is None)
+        return fitting(key, partial(self._launch, *roles), sizes.smaller())
+
+    def _launch(
+        self,
+        readers: Tensor,
+        written: Tensor,
+        values: Tensor,
+        strides: tuple[int, int],
+        initial: Tensor | None,
+        last: Tensor | None,
+        kept: Tensor | None,
+        beside: Tensor | None,
+        sizes: Plan,
+    ) -> tuple[Tensor, Tensor]:
         batch, time, heads, key_dim = written.shape
         value_dim = values.shape[-1]
-        sizes = plan(values.dtype, key_dim, value_dim)
-        if options:
-            sizes = sizes._replace(**options)
         blocks, count = triton.cdiv(value_dim, sizes.block), triton.cdiv(time, self.chunks * self.rows)
         outputs = values.new_empty((1,) * 4 if kept is not None else (batch, time, heads, value_dim))
         products = values.new_empty(0 if beside is None else (blocks, batch, heads, time), dtype=torch.float32)
         none = outputs
-        copied = sizes.copied and all(_describable(tensor) for tensor in (readers, written, values, outputs))
-        describe = partial(_described, rows=self.rows) if copied else _undescribed
+        tensors = (readers, written, values, outputs)
+        copied = COPY_ENGINE and values.element_size() == 2 and kept is None and all(map(describable, tensors))
+        describe = partial(described, rows=self.rows) if copied else undescribed
         block_of_keys = max(16, power_of_two(key_dim))
         last_reader = readers[:, -1].contiguous() if beside is not None and self.reverse else none
         kernels.walk[(blocks * batch * heads, count)](
@@ -179,7 +200,7 @@ class Walk(NamedTuple):
             OUTPUTS=kept is None,
             PRODUCTS=beside is not None,
             WIDE=values.dtype == torch.float16,
-            TYPE=_TYPES[values.dtype],
+            TYPE=TYPES[values.dtype],
             COPIED=copied,
             PRECISION=dot_precision(values.dtype),
             STAGES=sizes.stages,

@@ -41,7 +41,7 @@ def state_block(first, BV: tl.constexpr, BK: tl.constexpr, by_key, by_value, key
 
 
 @triton.jit
-def _tile(
+def tile(
     base,
     start,
     stride,
@@ -60,6 +60,39 @@ def _tile(
         return base.load(at).reshape(ROWS, COLUMNS)
     else:
         return load_tile(base, start, stride, time, column, WIDTH, ROWS, COLUMNS)
+
+
+@triton.jit
+def put(
+    base,
+    start,
+    stride,
+    time,
+    column,
+    batch,
+    head,
+    what,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COPIED: tl.constexpr,
+):
+    """The inverse of `tile`."""
+    if COPIED:
+        at = [batch.to(tl.int32), start, (head * WIDTH).to(tl.int32) + column]
+        base.store(at, what.to(base.dtype).reshape(1, ROWS, COLUMNS))
+    else:
+        store_tile(base, start, stride, time, column, what, WIDTH, ROWS, COLUMNS)
+
+
+@triton.jit
+def factor(of, TYPE: tl.constexpr, WIDE: tl.constexpr):
+    """`of` as an operand of products: in the inputs' type, or (WIDE) in float32, rounded to the digits of tf32."""
+    if WIDE:
+        bits = of.to(tl.float32).to(tl.uint32, bitcast=True)
+        return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    else:
+        return of.to(TYPE)
 
 
 @triton.jit
@@ -154,7 +187,6 @@ def walk(
             reader = tl.load(at_last + key, mask=key < KEY_DIM, other=0.0)
             read_of_end = tl.sum(state * reader.to(tl.float32)[:, None], axis=0)
 
-    operand: tl.constexpr = tl.float32 if WIDE else TYPE
     step = tl.arange(0, ROWS)
     whole = tl.full([], 0.0, tl.float32)
     count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks)
@@ -163,12 +195,12 @@ def walk(
             start = (segment * chunks + count - 1 - index) * ROWS
         else:
             start = (segment * chunks + index) * ROWS
-        z = _tile(written, start, written_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
-        u = _tile(values, start, values_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
+        z = tile(written, start, written_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
+        u = tile(values, start, values_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
         if OUTPUTS:
-            x = _tile(readers, start, readers_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
+            x = tile(readers, start, readers_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
         if PRODUCTS:
-            w = _tile(beside, start, beside_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
+            w = tile(beside, start, beside_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
 
         if RESET:
             part = tl.load(parts + start + step)
@@ -192,7 +224,7 @@ def walk(
 
         if OUTPUTS:
             scores = tl.dot(x, tl.trans(z), input_precision=PRECISION)
-            y = tl.dot(x.to(operand), state.to(operand), input_precision=PRECISION)
+            y = tl.dot(factor(x, TYPE, WIDE), factor(state, TYPE, WIDE), input_precision=PRECISION)
             # Rows read, columns are what is written.
             if PRODUCTS:
                 own = tl.sum(tl.where(step[:, None] == step[None, :], scores, 0.0), axis=1)
@@ -213,18 +245,14 @@ def walk(
                 entering = tl.where(start + step == time - 1, 0.0, entering)
             if DECAY or RESET:
                 y = y * entering[:, None]
-            y = tl.dot(scores.to(operand), u.to(operand), acc=y, input_precision=PRECISION)
+            y = tl.dot(factor(scores, TYPE, WIDE), factor(u, TYPE, WIDE), acc=y, input_precision=PRECISION)
             if PRODUCTS:
                 product = tl.sum(y * w.to(tl.float32), axis=1)
                 tl.store(products + start + step, product, mask=step < time - start)
                 y = y + own[:, None] * u.to(tl.float32)
                 if REVERSE and INITIAL:
                     y = y + tl.where(start + step == time - 1, 1.0, 0.0)[:, None] * read_of_end[None, :]
-            if COPIED:
-                column = (head * VALUE_DIM).to(tl.int32) + first
-                outputs.store([batch.to(tl.int32), start, column], y.to(TYPE).reshape(1, ROWS, BV))
-            else:
-                store_tile(outputs, start, heads * VALUE_DIM, time, first, y, VALUE_DIM, ROWS, BV)
+            put(outputs, start, heads * VALUE_DIM, time, first, batch, head, y, VALUE_DIM, ROWS, BV, COPIED)
 
         added = u
         if DECAY or RESET:
@@ -232,7 +260,7 @@ def walk(
                 leaving = tl.where(start + step == time - 1, 0.0, leaving)
             added = u.to(tl.float32) * leaving[:, None]
             state = state * carry
-        state = tl.dot(tl.trans(z).to(operand), added.to(operand), acc=state, input_precision=PRECISION)
+        state = tl.dot(factor(tl.trans(z), TYPE, WIDE), factor(added, TYPE, WIDE), acc=state, input_precision=PRECISION)
 
     if LAST:
         tl.store(last + place, state, mask=inside)
