@@ -355,6 +355,8 @@ def newton_scan(
         return outputs, last
     if found is None:
         return outputs, last, NewtonReport(0, 0.0, True, float(outputs.detach().abs().max()))
+    if callable(found):
+        found = found()
     count, residual, peak, _ = found.detach().amax(0).tolist()
     looked = check or iterations is None
     return outputs, last, NewtonReport(int(count), residual, looked and bool(found[:, 3].all()), peak)

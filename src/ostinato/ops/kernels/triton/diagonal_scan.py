@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from ostinato.ops.kernels.triton import diagonal_scan_kernels as kernels
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import INTERPRETED, card, power_of_two, without_second_derivative
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
@@ -75,16 +76,17 @@ def plan(
         return Plan(block_t, block_c, warps, stages, math.ceil(time / length), length)
     processors = card(device).processors
     if along_time:
-        block_t = min(512, max(32, power_of_two(time)))
-        block_c, warps, stages = 1, 1, 2
+        block_t = min(1024, max(32, power_of_two(time)))
+        block_c, warps, stages = 1, 2 if block_t == 1024 else 1, 2
     else:
         # Rows of which nothing is known are read a number a lane.
         lanes = 32 * max(1, 16 // width) if channels % 16 == 0 else 32
-        block_c, block_t, warps, stages = lanes, 16 if tensors * width < 12 else 8, 1, 4
-        if 2 * batch * math.ceil(channels / block_c) < 3 * processors:
-            block_c, block_t, warps = lanes // 4, 64, 4
-            if 2 * batch * math.ceil(channels / block_c) < 3 * processors:
-                block_c = max(8, lanes // 8)
+        shapes = [(lanes, 1), (lanes // 4, 4), (max(8, lanes // 8), 4)]
+        if tensors == 3:
+            shapes.insert(0, (2 * lanes, 2))
+        full = [shape for shape in shapes if 1.1 * batch * math.ceil(channels / shape[0]) >= processors]
+        block_c, warps = full[0] if full else shapes[-1]
+        block_t, stages = (64, 4) if warps == 4 else (8, 6)
         block_c = min(block_c, power_of_two(channels))
     programs = batch * math.ceil(channels / block_c)
     # A second reading has to be repaid: by at least three times as many programs.
@@ -396,28 +398,33 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     transition, b, state, reset = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(transition, output[0], state, reset)
     ctx.inputs_type, ctx.inputs_complex = b.dtype, b.is_complex()
 
 
-def _backward(ctx: Any, grad_states: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_states: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
     transition, states, state, reset = ctx.saved_tensors
-    found, grad_b, grad_state = backward(
-        grad_states, grad_last, transition, states, state, reset, ctx.needs_input_grad[0]
-    )
+    if grad_states is None:
+        grad_states = torch.zeros_like(states)
+    if grad_last is None:
+        grad_last = states.new_zeros(states[:, 0].shape, dtype=torch.promote_types(states.dtype, torch.float32))
+    wanted = ctx.needs_input_grad[0]
+    found, grad_b, grad_state = call_once(backward, grad_states, grad_last, transition, states, state, reset, wanted)
     if grad_b.is_complex() and not ctx.inputs_complex:
         grad_b = grad_b.real
     grad_h = None
     if state is not None:
         grad_h = grad_state.real if grad_state.is_complex() and not state.is_complex() else grad_state
         grad_h = grad_h.to(state.dtype)
-    return found if ctx.needs_input_grad[0] else None, grad_b.to(ctx.inputs_type), grad_h, None
+    return found if wanted else None, grad_b.to(ctx.inputs_type), grad_h, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
 without_second_derivative(backward)
+_forward = eagerly(forward, _setup, _backward)
 
 
 def run(transition: Tensor, inputs: Tensor, state: Tensor | None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What the engine's routes compute."""
-    return forward(transition, inputs, state, reset)
+    return _forward(transition, inputs, state, reset)

@@ -27,6 +27,7 @@ from torch import Tensor
 from ostinato.ops.cells import ChannelCellHidden, ChannelHidden, ParaGRU, ParaLSTM
 from ostinato.ops.kernels.triton import newton_scan_adjoint as adjoint
 from ostinato.ops.kernels.triton import newton_scan_walk as kernels
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import INTERPRETED, card, without_second_derivative
 from ostinato.ops.newton_scan import diverged
 
@@ -99,6 +100,13 @@ def _rows(inputs: Tensor) -> Tensor:
     return inputs if inputs.stride(3) == 1 else inputs.contiguous()
 
 
+def _pieces(inputs: Tensor) -> tuple[int, int]:
+    """The number and the length of the segments in which these inputs are walked: one, or enough to repay it."""
+    batch, time, _, channels = inputs.shape
+    segments = segments_of(batch, time, channels, inputs.device)
+    return _cut(time, segments if segments >= _FEWEST_SEGMENTS else 1, _BLOCK_T)
+
+
 @torch.library.custom_op("ostinato::newton_scan", mutates_args=())
 def forward(
     recurrent: Tensor,
@@ -109,43 +117,57 @@ def forward(
     reset: Tensor | None,
     keep: bool,
     tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, cells (empty unless `keep`), the last of both, and (walks, residual, peak) by row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, cells (empty unless `keep`), the last of both, and how it went.
+
+    That is: the largest |state| by segment and channel; the residual between segments by channel (nothing for
+    one piece); and flags: by row 1 where a state is not finite, and then, for several segments, by block of
+    channels in how many walks the residual fell under `tolerance`, or 0.
+    """
     x, a = _rows(inputs), recurrent.contiguous()
     p = a if peephole is None else peephole.contiguous()
     batch, time, _, channels = x.shape
     lstm = cell is not None
     blocks = triton.cdiv(channels, _BLOCK_C)
-    segments = segments_of(batch, time, channels, x.device)
-    segments, length = _cut(time, segments if segments >= _FEWEST_SEGMENTS else 1, _BLOCK_T)
+    segments, length = _pieces(inputs)
+    joined = segments > 1
 
     def empty(*shape: int) -> Tensor:
-        return x.new_empty(*shape, dtype=torch.float32)
+        return x.new_empty(shape, dtype=torch.float32)
 
     out = x.new_empty(batch, time, channels)
     cells = empty(batch, time, channels) if lstm and keep else empty(0)
-    ends, peak, gap = empty(batch, segments, channels), empty(batch, segments, channels), empty(batch, channels)
+    # States: those that leave the segments, the largest, those that enter.
+    ends, peak = empty(batch, segments, channels), empty(batch, segments, channels)
     cell_ends = torch.empty_like(ends) if lstm else empty(0)
-    start = hidden.float().contiguous()
-    start_cell = start if cell is None else cell.float().contiguous()
-    done = torch.zeros(batch, blocks, dtype=torch.int32, device=x.device)
+    enters = torch.empty_like(ends) if joined else ends
+    enters_cell = torch.empty_like(ends) if joined and lstm else enters
+    products = empty(batch, segments, 4 if lstm else 1, channels) if joined else ends
+    gap = empty(batch, channels) if joined else empty(0)
+    flags = torch.zeros(batch * (1 + blocks) if joined else batch, dtype=torch.int32, device=x.device)
+    done = flags[batch:] if joined else flags
+    start = hidden.contiguous()
+    start_cell = start if cell is None else cell.contiguous()
 
-    def walk(enters: Tensor, enters_cell: Tensor, products: Tensor, pieces: int, stored: bool = True) -> None:
+    def walk(pieces: int, leads: bool) -> None:
         kernels.walk[(batch * pieces * blocks,)](
             x,
             a,
             p,
+            start,
+            start_cell,
             enters,
             enters_cell,
             _bytes(reset, x),
             out,
             cells if lstm and keep else ends,
-            ends if stored else enters,
-            (cell_ends if stored else enters_cell) if lstm else ends,
+            ends,
+            cell_ends if lstm else ends,
             peak,
             products,
             done,
-            gap,
+            gap if joined else ends,
+            flags,
             time,
             channels,
             pieces,
@@ -157,10 +179,10 @@ def forward(
             0,
             LSTM=lstm,
             FRESH=reset is not None,
-            STORED=stored,
+            LEADS=leads,
             KEEP=lstm and keep,
-            JOINED=pieces > 1 and stored,
-            GUARDED=segments > 1 and stored,
+            JOINED=pieces > 1,
+            GUARDED=joined and not leads,
             EVEN_T=time % _BLOCK_T == 0,
             EVEN_C=channels % _BLOCK_C == 0,
             BLOCK_T=_BLOCK_T,
@@ -169,48 +191,34 @@ def forward(
         )
 
     fits = False
-    if segments > 1:
-        enters = torch.zeros_like(ends)
-        enters[:, 0] = start
-        enters_cell = enters
-        if lstm:
-            enters_cell = torch.zeros_like(ends)
-            enters_cell[:, 0] = start_cell
-        products = empty(batch, segments, 4 if lstm else 1, channels)
-        walk(enters, enters_cell, products, segments, stored=False)
-        for count in range(1, _WALKS + 1):
-            walk(enters, enters_cell, products, segments)
-            kernels.join[(batch * blocks,)](
-                enters,
-                enters_cell,
-                ends,
-                cell_ends if lstm else ends,
-                products,
-                gap,
-                done,
-                channels,
-                segments,
-                count,
-                min(tolerance, _TOLERANCE),
-                LSTM=lstm,
-                BLOCK_C=_BLOCK_C,
-                num_warps=1,
-            )
-            fits = _can_look(x) and bool(done.all())
-            if fits:
-                break
+    for count in range(1, _WALKS + 1) if joined else ():
+        walk(segments, count == 1)
+        kernels.join[(batch * blocks,)](
+            enters,
+            enters_cell,
+            ends,
+            cell_ends if lstm else ends,
+            products,
+            peak,
+            gap,
+            done,
+            channels,
+            segments,
+            count,
+            min(tolerance, _TOLERANCE),
+            LSTM=lstm,
+            BLOCK_C=_BLOCK_C,
+            num_warps=1,
+        )
+        fits = _can_look(x) and bool(done.all())
+        if fits:
+            break
     if not fits:
         # In one piece: everything, or what does not fit together by now.
-        walk(start, start_cell, ends, 1)
-    if segments > 1:
-        walks = torch.where(done == 0, _WALKS + 1, done).amax(1).float()
-        residual = gap.amax(1)
-    else:
-        walks, residual = torch.zeros(2, batch, device=x.device)
-    report = torch.stack([walks, residual, peak.amax((1, 2))], dim=1)
-    last = ends[:, -1].contiguous() if segments > 1 else ends.view(batch, channels)
-    last_cell = cell_ends[:, -1].clone() if lstm else cell_ends
-    return out, cells, last, last_cell, report
+        walk(1, False)
+    last = ends[:, -1].contiguous() if joined else ends.view(batch, channels)
+    last_cell = cell_ends[:, -1:].reshape(batch, channels) if lstm else cell_ends
+    return out, cells, last, last_cell, peak, gap, flags
 
 
 @forward.register_fake
@@ -223,24 +231,32 @@ def _(
     reset: Tensor | None,
     keep: bool,
     tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, time, _, channels = inputs.shape
     lstm = cell is not None
-    last = inputs.new_empty(batch, channels, dtype=torch.float32)
+    segments, _ = _pieces(inputs)
+    joined = segments > 1
+
+    def empty(*shape: int) -> Tensor:
+        return inputs.new_empty(shape, dtype=torch.float32)
+
+    flags = batch * (1 + triton.cdiv(channels, _BLOCK_C)) if joined else batch
     return (
         inputs.new_empty(batch, time, channels),
-        inputs.new_empty((batch, time, channels) if lstm and keep else (0,), dtype=torch.float32),
-        last,
-        torch.empty_like(last) if lstm else last.new_empty(0),
-        last.new_empty(batch, 3),
+        empty(batch, time, channels) if lstm and keep else empty(0),
+        empty(batch, channels),
+        empty(batch, channels) if lstm else empty(0),
+        empty(batch, segments, channels),
+        empty(batch, channels) if joined else empty(0),
+        inputs.new_empty(flags, dtype=torch.int32),
     )
 
 
 @torch.library.custom_op("ostinato::newton_scan_backward", mutates_args=())
 def backward(
     grad: Tensor,
-    grad_last: Tensor,
-    grad_last_cell: Tensor,
+    grad_last: Tensor | None,
+    grad_last_cell: Tensor | None,
     recurrent: Tensor,
     peephole: Tensor | None,
     inputs: Tensor,
@@ -259,20 +275,23 @@ def backward(
     c = h if cell is None else cell.contiguous()
     parts, kinds = (5, 2) if lstm else (3, 1)
     segments, length = _cut(time, segments_of(batch, time, channels, x.device), _BLOCK_T_BACK)
-    blocks = triton.cdiv(channels, _BLOCK_C)
 
     def empty(*shape: int) -> Tensor:
-        return x.new_empty(*shape, dtype=torch.float32)
+        return x.new_empty(shape, dtype=torch.float32)
 
-    end_h, end_c = grad_last.float().contiguous(), grad_last_cell.float().contiguous() if lstm else grad_last
-    mu_h, mu_c = end_h, end_c
+    def given(gradient: Tensor | None) -> Tensor:
+        return empty(batch, channels).zero_() if gradient is None else gradient.float().contiguous()
+
+    end_h = given(grad_last)
+    end_c = given(grad_last_cell) if lstm else end_h
     grad_x = x.new_empty(batch, time, 3, channels)
     sums = empty(batch, segments, parts, channels)
     grad_h = empty(batch, channels)
-    grad_c = empty(batch, channels) if lstm else grad_h.new_empty(0)
-
-    def launch(ends: Tensor, products: Tensor, totals: bool) -> None:
-        adjoint.walk_back[(batch * segments * blocks,)](
+    grad_c = empty(batch, channels) if lstm else empty(0)
+    ends = empty(batch, segments, kinds, channels) if segments > 1 else grad_h
+    products = empty(batch, segments, kinds * kinds, channels) if segments > 1 else grad_h
+    for totals in (True, False) if segments > 1 else (False,):
+        adjoint.walk_back[(batch * segments * triton.cdiv(channels, _BLOCK_C),)](
             x,
             a,
             p,
@@ -282,12 +301,13 @@ def backward(
             states,
             cells if lstm else states,
             g,
-            mu_h,
-            mu_c if lstm else mu_h,
+            end_h,
+            end_c,
             grad_x,
             sums,
-            ends,
+            grad_h,
             grad_c if lstm else grad_h,
+            ends,
             products,
             time,
             channels,
@@ -305,32 +325,11 @@ def backward(
             BLOCK_C=_BLOCK_C,
             num_warps=1,
         )
-
-    if segments > 1:
-        ends = empty(batch, segments, kinds, channels)
-        products = empty(batch, segments, kinds * kinds, channels)
-        mu_h = x.new_zeros(batch, segments, channels, dtype=torch.float32)
-        mu_c = mu_h
-        launch(ends, products, True)
-        mu_h = torch.empty_like(mu_h)
-        mu_c = torch.empty_like(mu_h) if lstm else mu_h
-        adjoint.between[(batch * blocks,)](
-            products,
-            ends,
-            mu_h,
-            mu_c,
-            end_h,
-            end_c,
-            channels,
-            segments,
-            LSTM=lstm,
-            BLOCK_C=_BLOCK_C,
-            num_warps=1,
-        )
-    launch(grad_h, grad_h, False)
     return (
         sums[:, :, :3].sum((0, 1)).to(recurrent.dtype),
-        sums[:, :, 3:].sum((0, 1)).to((recurrent if peephole is None else peephole).dtype),
+        (sums[:, :, 3:].sum((0, 1)) if lstm else empty(0, channels)).to(
+            (recurrent if peephole is None else peephole).dtype
+        ),
         grad_x,
         grad_h.to(hidden.dtype),
         grad_c if cell is None else grad_c.to(cell.dtype),
@@ -340,8 +339,8 @@ def backward(
 @backward.register_fake
 def _(
     grad: Tensor,
-    grad_last: Tensor,
-    grad_last_cell: Tensor,
+    grad_last: Tensor | None,
+    grad_last_cell: Tensor | None,
     recurrent: Tensor,
     peephole: Tensor | None,
     inputs: Tensor,
@@ -362,44 +361,62 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     recurrent, peephole, x, hidden, cell, reset, *_ = inputs
-    ctx.save_for_backward(recurrent, peephole, x, hidden, cell, reset, output[0], output[1])
+    states, cells, _, last_cell, *report = output
+    ctx.mark_non_differentiable(cells, *report, *(() if cell is not None else (last_cell,)))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(recurrent, peephole, x, hidden, cell, reset, states, cells)
 
 
 def _backward(
-    ctx: Any, grad: Tensor, _cells: Tensor, grad_last: Tensor, grad_last_cell: Tensor, _report: Tensor
+    ctx: Any, grad: Tensor | None, _: Any, grad_last: Tensor | None, grad_last_cell: Tensor | None, *_report: Any
 ) -> tuple[Tensor | None, ...]:
     recurrent, peephole, x, hidden, cell, reset, states, cells = ctx.saved_tensors
-    ga, gp, gx, gh, gc = backward(
-        grad, grad_last, grad_last_cell, recurrent, peephole, x, hidden, cell, reset, states, cells
+    if grad is None:
+        grad = torch.zeros_like(states)
+    ga, gp, gx, gh, gc = call_once(
+        backward, grad, grad_last, grad_last_cell, recurrent, peephole, x, hidden, cell, reset, states, cells
     )
     return ga, None if peephole is None else gp, gx, gh, None if cell is None else gc, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
 without_second_derivative(backward)
+_forward = eagerly(forward, _setup, _backward)
 
 
 def run(
     cell: Any, weights: Any, inputs: Tensor, state: Any, reset: Tensor | None, settings: Any
-) -> tuple[Tensor, Any, Tensor]:
-    """What the engine's routes compute: outputs, the last state, and the report's four numbers by row."""
+) -> tuple[Tensor, Any, Any]:
+    """What the engine's routes compute: outputs, the last state, and a function that makes the report."""
     lstm = isinstance(cell, ParaLSTM)
+    batch, _, _, channels = inputs.shape
     if state is None:
-        state = cell.initial_state(inputs[:, 0].float())
+        zeros = inputs.new_zeros(batch, channels, dtype=torch.float32)
+        state = ChannelCellHidden(zeros, zeros) if lstm else ChannelHidden(zeros)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, inputs, *state))
     hidden, memory = (state.hidden, state.cell) if lstm else (state.hidden, None)
-    outputs, _, last, last_cell, found = forward(
+    outputs, _, last, last_cell, peak, gap, flags = _forward(
         weights[0], weights[1] if lstm else None, inputs, hidden, memory, reset, keep, settings.tolerance
     )
-    walks, residual, peak = found.detach().unbind(1)
-    good = torch.isfinite(peak)
-    residual = torch.where(good, residual, torch.nan)
+    bad = flags[:batch]
+
+    def report() -> Tensor:
+        """(iterations, residual, peak, converged) by row."""
+        if flags.numel() == batch:
+            walks, residual = torch.zeros(2, batch, device=peak.device)
+        else:
+            walks = flags[batch:].view(batch, -1).float()
+            walks, residual = torch.where(walks == 0, _WALKS + 1, walks).amax(1), gap.amax(1)
+        residual = torch.where(bad == 0, residual, torch.nan)
+        return torch.stack([walks, residual, peak.amax((1, 2)), (bad == 0).float()], dim=1)
+
     if settings.check:
         if torch.compiler.is_compiling():
-            outputs = torch.where(good.view(-1, 1, 1), outputs, torch.nan)
-            last = torch.where(good.view(-1, 1), last, torch.nan)
-            last_cell = torch.where(good.view(-1, 1), last_cell, torch.nan) if lstm else last_cell
-        elif not bool(good.all()):
-            raise diverged(cell, settings, int(walks.max()), float(residual.max()))
-    report = torch.stack([walks, residual, peak, good.to(peak.dtype)], dim=1)
+            good = bad.view(-1, 1) == 0
+            outputs = torch.where(good.unsqueeze(-1), outputs, torch.nan)
+            last = torch.where(good, last, torch.nan)
+            last_cell = torch.where(good, last_cell, torch.nan) if lstm else last_cell
+        elif bool(bad.any()):
+            walks, residual, *_ = report().amax(0).tolist()
+            raise diverged(cell, settings, int(walks), residual)
     return outputs, ChannelCellHidden(last_cell, last) if lstm else ChannelHidden(last), report
