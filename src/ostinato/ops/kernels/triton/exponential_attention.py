@@ -28,7 +28,7 @@ from ostinato.ops.kernels.triton.exponential_attention_backward import chunk_gra
 from ostinato.ops.kernels.triton.exponential_attention_gates import gate_gradients_kernel
 from ostinato.ops.kernels.triton.exponential_attention_launch import WIDEST
 from ostinato.ops.kernels.triton.exponential_attention_memory import outputs_kernel
-from ostinato.ops.kernels.triton.launch import power_of_two, without_second_derivative
+from ostinato.ops.kernels.triton.launch import fitting, power_of_two, without_second_derivative
 
 _Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """h, the last state's three, and what is kept: states that enter segments, normalisers that do, and the gates' four."""
@@ -95,16 +95,21 @@ def _forward(
     if walk.segments > 1:
         launches.entering(call, start, keys, values, leave, leave, gates.carried, initial, reverse=False)
         initial = (start[0], start[1])
-    of_keys, of_values = (call.length, walk.block_keys), (call.length, walk.block_values)
-    outputs_kernel[(-(-call.values // walk.block_values), call.rows * walk.segments)](
-        launches.sequence(queries, *of_keys), launches.sequence(keys, *of_keys), launches.sequence(values, *of_values),
-        gates.per_token[-1], reach, source, enter, leave, gates.carried, gates.maximum, gates.first_token, *initial,
-        launches.sequence(outputs, *of_values), inverse, side, last, last_sum,
-        call.time, call.heads, call.chunks, walk.segment, walk.segments, eps,
-        HAS_INITIAL=initial[0] is not None, HAS_RESET=reset is not None, EXACT=call.exact,
-        BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, STAGES=walk.stages, num_warps=walk.warps,
-        **call.dimensions(),
-    )  # fmt: skip
+
+    def launch(walk: launches.Walk) -> None:
+        of_keys, of_values = (call.length, walk.block_keys), (call.length, walk.block_values)
+        outputs_kernel[(-(-call.values // walk.block_values), call.rows * walk.segments)](
+            launches.sequence(queries, *of_keys), launches.sequence(keys, *of_keys),
+            launches.sequence(values, *of_values),
+            gates.per_token[-1], reach, source, enter, leave, gates.carried, gates.maximum, gates.first_token,
+            *initial, launches.sequence(outputs, *of_values), inverse, side, last, last_sum,
+            call.time, call.heads, call.chunks, walk.segment, walk.segments, eps,
+            HAS_INITIAL=initial[0] is not None, HAS_RESET=reset is not None, EXACT=call.exact,
+            BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, STAGES=walk.stages, num_warps=walk.warps,
+            **call.dimensions(),
+        )  # fmt: skip
+
+    fitting(call.key("outputs", reset is not None), launch, walk.smaller("block_values"))
     return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1]  # type: ignore[return-value]
 
 
@@ -186,26 +191,30 @@ def _backward(
     rising, rising_sums, grad_initial, grad_initial_sum = launches.chunk_states(
         call, queries, grads, read, read_sum, carried, later, reverse=True
     )
-    walk = launches.chunk_gradients_walk(call)
-    of_keys, of_state = (call.length, walk.block_keys), (walk.block_keys, walk.block_values)
     grad_queries, grad_keys, grad_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
     inner = per_token.new_empty(5, call.rows, tokens)
     through = torch.empty_like(carried)
-    chunk_gradients_kernel[(3, call.chunks, call.rows)](
-        launches.sequence(queries, *of_keys), launches.sequence(keys, *of_keys),
-        launches.sequence(values, *all_values), launches.sequence(grads, *all_values),
-        per_token[-1], reach, source, leave, carried, first_token, inverse, delta, read, read_sum,
-        launches.described(states, *of_state), sums, launches.described(rising, *of_state), rising_sums,
-        launches.sequence(grad_queries, *of_keys), launches.sequence(grad_keys, *of_keys),
-        launches.sequence(grad_values, *all_values), inner, through,
-        call.heads, call.chunks, call.rows,
-        HAS_RESET=reset is not None, EXACT=call.exact,
-        BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, STAGES=walk.stages, num_warps=walk.warps,
-        **call.dimensions(),
-    )  # fmt: skip
+
+    def launch(walk: launches.Walk) -> None:
+        of_keys, of_state = (call.length, walk.block_keys), (walk.block_keys, walk.block_values)
+        chunk_gradients_kernel[(3, call.chunks, call.rows)](
+            launches.sequence(queries, *of_keys), launches.sequence(keys, *of_keys),
+            launches.sequence(values, *all_values), launches.sequence(grads, *all_values),
+            per_token[-1], reach, source, leave, carried, first_token, inverse, delta, read, read_sum,
+            launches.described(states, *of_state), sums, launches.described(rising, *of_state), rising_sums,
+            launches.sequence(grad_queries, *of_keys), launches.sequence(grad_keys, *of_keys),
+            launches.sequence(grad_values, *all_values), inner, through,
+            call.heads, call.chunks, call.rows,
+            HAS_RESET=reset is not None, EXACT=call.exact,
+            BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, STAGES=walk.stages, num_warps=walk.warps,
+            **call.dimensions(),
+        )  # fmt: skip
+
+    key = call.key("gradients", reset is not None)
+    fitting(key, launch, launches.chunk_gradients_walk(call).smaller("block_keys"))
     grad_input, grad_forget = torch.empty_like(log_input), torch.empty_like(log_forget)
     grad_first = per_token.new_empty(call.batch, call.heads)
-    blocks, chunks, warps = launches.blocks_of_gates(call)
+    blocks, chunks = launches.blocks_of_gates(call)
     factor, added = per_token.new_empty(2, call.rows, blocks).unbind(0)
     for summary in (True, False) if blocks > 1 else (False,):
         gate_gradients_kernel[(call.rows, blocks)](
@@ -214,7 +223,6 @@ def _backward(
             call.time, call.heads, call.chunks, call.rows,
             SUMMARY=summary, HAS_RESET=reset is not None, HAS_INITIAL=maximum is not None,
             HAS_LAST=by_last is not None, LENGTH=call.length, CHUNKS=chunks, BLOCKS=power_of_two(blocks),
-            num_warps=warps,
         )  # fmt: skip
     if memory is not None and normalizer is not None:
         # The initial state is in units of exp of the initial maximum.

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostinato.ops.kernels.triton.exponential_attention_gates import gates_kernel
 from ostinato.ops.kernels.triton.exponential_attention_memory import combine_kernel, states_kernel
-from ostinato.ops.kernels.triton.launch import card, dot_precision, power_of_two
+from ostinato.ops.kernels.triton.launch import card, dot_precision, fitting, power_of_two
 
 WIDEST = 256
 """Channels of a head that the kernels take."""
@@ -27,6 +27,11 @@ class Walk(NamedTuple):
     segment: int
     """Chunks of a segment."""
     segments: int
+
+    def smaller(self, *blocks: str) -> list[Walk]:
+        """This, and what to take where the card has no room for it: `blocks` can be halved; the segments stay."""
+        halved = {name: max(16, getattr(self, name) // 2) for name in blocks}
+        return [self, self._replace(stages=1), self._replace(stages=1, **halved)]
 
 
 class Call(NamedTuple):
@@ -54,6 +59,10 @@ class Call(NamedTuple):
         segments = max(1, min(wanted // programs, self.chunks // 8))
         segment = -(-self.chunks // segments)
         return segment, -(-self.chunks // segment)
+
+    def key(self, kernel: str, *flags: bool) -> tuple[Any, ...]:
+        """What the shared memory of a kernel depends on."""
+        return kernel, self.keys, self.values, self.precision, self.wide, *flags
 
     def dimensions(self) -> dict[str, Any]:
         """What all kernels of the memory are specialised by."""
@@ -112,8 +121,14 @@ def chunk_gradients_walk(call: Call) -> Walk:
 
 
 def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Matrices, the last two axes of four, as kernels load them: in blocks of `rows` × `columns`, by the hardware."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
+    """Matrices, the last two axes of four, as kernels load them: in blocks of `rows` × `columns`, by the hardware.
+
+    What the constructor would check of each of twenty in a call, `whole` and the plans here see to.
+    """
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = tensor, list(tensor.shape), list(tensor.stride())
+    made.block_shape, made.padding = [1, 1, rows, columns], "zero"
+    return made
 
 
 def sequence(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -127,10 +142,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def blocks_of_gates(call: Call) -> tuple[int, int, int]:
-    """How many blocks of how many chunks, and warps, one program of the gates' kernels takes."""
-    chunks = min(64 if call.rows >= call.processors // 2 else 16, power_of_two(call.chunks))
-    return -(-call.chunks // chunks), chunks, 8 if chunks == 64 else 4
+def blocks_of_gates(call: Call) -> tuple[int, int]:
+    """How many blocks of how many chunks one program of the gates' kernels takes."""
+    chunks = min(16, power_of_two(call.chunks))
+    return -(-call.chunks // chunks), chunks
 
 
 class Gates(NamedTuple):
@@ -150,7 +165,7 @@ def gates(
 ) -> None:
     """Launch `gates_kernel`."""
     reach, source, enter, leave = found.per_token[:4].unbind(0)
-    blocks, chunks, warps = blocks_of_gates(call)
+    blocks, chunks = blocks_of_gates(call)
     added, least = found.maximum.new_empty(2, call.rows, blocks).unbind(0)
     for summary in (True, False) if blocks > 1 else (False,):
         gates_kernel[(call.rows, blocks)](
@@ -159,7 +174,7 @@ def gates(
             found.last_maximum, added, least,
             call.time, call.heads, call.chunks,
             SUMMARY=summary, HAS_RESET=reset is not None, HAS_INITIAL=initial is not None, EXACT=call.exact,
-            LENGTH=call.length, CHUNKS=chunks, BLOCKS=power_of_two(blocks), num_warps=warps,
+            LENGTH=call.length, CHUNKS=chunks, BLOCKS=power_of_two(blocks),
         )  # fmt: skip
 
 
@@ -193,17 +208,19 @@ def states(
     last = carried.new_empty(*segmented, call.keys, call.values)
     last_sum = carried.new_empty(*segmented, call.keys)
     last_carried = carried.new_empty(*segmented)
-    grid = (call.rows * walk.segments, -(-call.keys // walk.block_keys), -(-call.values // walk.block_values))
     states, sums = into or (last, last_sum)
-    states_kernel[grid](
-        sequence(left, call.length, walk.block_keys), sequence(right, call.length, walk.block_values),
-        gate, sum_gate, carried, *initial,
-        described(states, walk.block_keys, walk.block_values), sums, last, last_sum, last_carried,
-        call.heads, call.chunks, walk.segment, walk.segments,
-        REVERSE=reverse, STORE=into is not None, HAS_INITIAL=initial[0] is not None,
-        BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, num_warps=walk.warps, num_stages=walk.stages,
-        **call.dimensions(),
-    )  # fmt: skip
+
+    def launch(walk: Walk) -> None:
+        keys, values = walk.block_keys, walk.block_values
+        states_kernel[(call.rows * walk.segments, -(-call.keys // keys), -(-call.values // values))](
+            sequence(left, call.length, keys), sequence(right, call.length, values),
+            gate, sum_gate, carried, *initial, described(states, keys, values), sums, last, last_sum, last_carried,
+            call.heads, call.chunks, walk.segment, walk.segments,
+            REVERSE=reverse, STORE=into is not None, HAS_INITIAL=initial[0] is not None,
+            BLOCK_KEYS=keys, BLOCK_VALUES=values, num_warps=walk.warps, num_stages=walk.stages, **call.dimensions(),
+        )  # fmt: skip
+
+    fitting(call.key("states", into is not None), launch, walk.smaller("block_keys", "block_values"))
     return last, last_sum, last_carried
 
 
