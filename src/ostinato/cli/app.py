@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ostinato import __version__
-from ostinato.cli import bench, compare, demo, generate, listing, reproduce, train, verify
+from ostinato.cli import bench, compare, demo, generate, listing, reproduce, train, tune, verify
 from ostinato.cli.console import INTERRUPTED, USER_ERROR, debugging, explain, out
 from ostinato.errors import OstinatoError
 
@@ -78,3 +78,4 @@ app.command("tasks", rich_help_panel=_KNOW)(listing.tasks)
 app.command("papers", rich_help_panel=_KNOW)(listing.papers)
 app.command("verify", rich_help_panel=_CHECK)(verify.verify)
 app.command("bench", rich_help_panel=_CHECK)(bench.bench)
+app.command("tune", rich_help_panel=_CHECK)(tune.tune)
