@@ -1,9 +1,9 @@
 """The Triton route of `recurrent_scan` against the loop in float64.
 
 Bounds on relative errors ‖found − exact‖ / ‖exact‖. float32: 1e-5 everywhere. Half precision, with r what
-rounding the exact outputs costs: 1.5 r for outputs, and for gradients of inputs twice that, because what
-enters a product with the recurrent weights is rounded in both directions; 2.5 r for gradients of the weights,
-whose products have two rounded factors.
+rounding the exact outputs costs: 1.5 r for outputs and states, 3 r for gradients. Those are rounded themselves,
+and so are both factors of every product on their way: the gradients of the pre-activations and the weights in
+the walk back, and the gradients and the outputs in the gradient of the weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from ostinato.ops.recurrent_scan import recurrent_scan
 GATES = {Elman: 1, LSTM: 4, GRU: 3, SLSTM: 4}
 HEADWISE = list(GATES)
 HALF = [torch.bfloat16, torch.float16]
+# On a GPU most tests share a few compiled kernels: each takes a second or two.
+DIM = 16 if INTERPRETED else 24
 
 
 def relative_error(found, exact):
@@ -29,7 +31,7 @@ def relative_error(found, exact):
 class Problem:
     """Arguments of a call, and cotangents of all that it returns."""
 
-    def __init__(self, cell, device, dtype=torch.float32, batch=2, time=5, heads=2, dim=16, state=True, reset=False):
+    def __init__(self, cell, device, dtype=torch.float32, batch=2, time=5, heads=2, dim=DIM, state=True, reset=True):
         def random(*shape):
             return torch.randn(*shape, device=device).to(dtype)
 
@@ -103,7 +105,7 @@ def assert_agrees(problem):
         bounds = (1e-5, 1e-5, 1e-5)
     else:
         cost = relative_error(exact[0][0].to(dtype), exact[0][0])
-        bounds = (1.5 * cost, 2.5 * cost, 3 * cost)
+        bounds = (1.5 * cost, 3 * cost, 3 * cost)
     for found, wanted, bound in zip(
         (values, weights, (*inputs, *states)), (exact[0], exact[1], (*exact[2], *exact[3])), bounds, strict=True
     ):
@@ -117,31 +119,32 @@ def assert_agrees(problem):
     assert {leaf.dtype for leaf in values[1:]} == {torch.float32}
 
 
-SIZES = [(2, 5, 2, 16), (3, 4, 1, 24), (1, 1, 2, 5)]
-if not INTERPRETED:
-    SIZES += [(16, 63, 12, 64), (5, 64, 2, 64), (17, 65, 1, 48), (2, 1000, 2, 32), (1, 4096, 1, 16)]
+SIZES = [(2, 5, 2, 16), (3, 4, 1, 24), (1, 1, 2, 5)] if INTERPRETED else [(3, 65, 2, 24)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("cell", HEADWISE)
 def test_float32(device, cell, size):
     batch, time, heads, dim = size
-    assert_agrees(Problem(cell(), device, torch.float32, batch, time, heads, dim, reset=time > 1))
+    assert_agrees(Problem(cell(), device, torch.float32, batch, time, heads, dim))
 
 
-@pytest.mark.parametrize(
-    "size", [(3, 6, 2, 32)] if INTERPRETED else [(16, 257, 3, 64), (3, 65, 2, 128), (9, 1000, 1, 24)]
-)
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", HALF if INTERPRETED else [torch.bfloat16])
 @pytest.mark.parametrize("cell", HEADWISE)
-def test_half_precision(device, cell, dtype, size):
-    batch, time, heads, dim = size
-    assert_agrees(Problem(cell(), device, dtype, batch, time, heads, dim, reset=True))
+def test_half_precision(device, cell, dtype):
+    batch, time, heads, dim = (3, 6, 2, 32) if INTERPRETED else (16, 257, 3, 64)
+    assert_agrees(Problem(cell(), device, dtype, batch, time, heads, dim))
 
 
-@pytest.mark.parametrize("cell", HEADWISE)
+@pytest.mark.skipif(INTERPRETED, reason="too long for the interpreter")
+def test_lengths(device):
+    for time in (1, 63, 64, 65, 1000, 4096):
+        assert_agrees(Problem(LSTM(), device, torch.bfloat16, batch=4, time=time, heads=2, dim=64))
+
+
+@pytest.mark.parametrize("cell", HEADWISE if INTERPRETED else [SLSTM])
 def test_no_state_is_zeros(device, cell):
-    problem = Problem(cell(), device, batch=3, state=False)
+    problem = Problem(cell(), device, batch=3, state=False, reset=False)
     assert_agrees(problem)
     without = problem.solve("triton", gradients=False)
     problem.state = problem.state_type(*(torch.zeros_like(leaf) for leaf in without[1:]))
@@ -150,18 +153,21 @@ def test_no_state_is_zeros(device, cell):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")
-@pytest.mark.parametrize("cell", [LSTM(), SLSTM(), M2RNN()])
+@pytest.mark.parametrize("cell", [LSTM(), M2RNN()])
 def test_a_long_sequence(device, cell):
-    size = (16, 16) if isinstance(cell, M2RNN) else 32
-    problem = Problem(cell, device, torch.bfloat16, batch=1, time=65_536, heads=1, dim=size)
+    size = (64, 16) if isinstance(cell, M2RNN) else 64
+    problem = Problem(cell, device, torch.bfloat16, batch=4, time=65_536, heads=1, dim=size)
     values, weights, *_ = problem.solve("triton")
     assert all(torch.isfinite(tensor).all() for tensor in (*values, *weights))
-    # These cells forget: the last thousand steps, from nothing, end the same way.
-    tail = (problem.inputs,) if isinstance(problem.inputs, torch.Tensor) else problem.inputs
-    tail = tuple(part[:, -1000:] for part in tail)
-    problem.inputs, problem.state = (tail[0] if len(tail) == 1 else tail), None
+    # The last sequence in each row began in the last hundred steps, and is short: the loop over them ends the same.
+    problem.reset[:, -100] = True
+    values = problem.solve("triton", gradients=False)
+    parts = (problem.inputs,) if isinstance(problem.inputs, torch.Tensor) else problem.inputs
+    parts = tuple(part[:, -100:] for part in parts)
+    problem.inputs, problem.state = (parts[0] if len(parts) == 1 else parts), None
+    problem.reset = problem.reset[:, -100:]
     exact = problem.solve("reference", torch.float64, gradients=False)
-    assert relative_error(values[0][:, -100:], exact[0][:, -100:]) < 4e-3
+    assert relative_error(values[0][:, -100:], exact[0]) < 3e-3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of programs")
@@ -171,8 +177,7 @@ def test_more_programs_than_multiprocessors(device):
 
 @pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
 def test_the_largest_head(device):
-    assert_agrees(Problem(Elman(), device, torch.bfloat16, batch=4, time=65, heads=2, dim=256, reset=True))
-    assert_agrees(Problem(GRU(), device, torch.float32, batch=2, time=33, heads=1, dim=64, reset=True))
+    assert_agrees(Problem(SLSTM(), device, torch.bfloat16, batch=4, time=65, heads=2, dim=128))
 
 
 @pytest.mark.parametrize("gate", [-25.0, -1e-2, 25.0])
@@ -187,7 +192,7 @@ def test_gates_wide_open_and_shut(device, cell, gate):
 
 @pytest.mark.parametrize("cell", [LSTM(), GRU(), M2RNN()])
 def test_reset_forgets_even_infinity(device, cell):
-    problem = Problem(cell, device, batch=1, dim=(16, 16) if isinstance(cell, M2RNN) else 16)
+    problem = Problem(cell, device, batch=1, dim=(16, 16) if isinstance(cell, M2RNN) else DIM)
     problem.reset = torch.zeros(1, 5, dtype=torch.bool, device=device)
     problem.reset[0, 0] = True
     assert_agrees(problem)
@@ -202,15 +207,15 @@ def test_reset_forgets_even_infinity(device, cell):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(16, 16), (20, 5)] if INTERPRETED else [(64, 16), (20, 5), (128, 64), (16, 32)])
+@pytest.mark.parametrize("size", [(16, 16), (20, 5)] if INTERPRETED else [(64, 16)])
 def test_m2rnn(device, dtype, size):
-    for reset in (False, True):
-        time = 5 if INTERPRETED else 130
-        assert_agrees(Problem(M2RNN(), device, dtype, time=time, dim=size, state=reset, reset=reset))
+    time = 5 if INTERPRETED else 130
+    for state in (False, True):
+        assert_agrees(Problem(M2RNN(), device, dtype, time=time, dim=size, state=state))
 
 
 def test_m2rnn_clips_the_gradient(device):
-    problem = Problem(M2RNN(0.3), device, dim=(16, 16), reset=True)
+    problem = Problem(M2RNN(0.3), device, dim=(16, 16))
     assert_agrees(problem)
     clipped = problem.solve("triton")[1][0]
     problem.cell = M2RNN()
@@ -220,7 +225,7 @@ def test_m2rnn_clips_the_gradient(device):
 @pytest.mark.parametrize("cell", [*(cell() for cell in HEADWISE), M2RNN()])
 def test_every_element_is_written(device, cell):
     """In deterministic mode fresh memory is NaN."""
-    problem = Problem(cell, device, batch=3, time=3, dim=(20, 5) if isinstance(cell, M2RNN) else 12)
+    problem = Problem(cell, device, batch=3, time=3, dim=(16, 16) if isinstance(cell, M2RNN) else DIM)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         values, *gradients = problem.solve("triton")
@@ -239,7 +244,7 @@ def test_one_cotangent_at_a_time(device):
     def gradients(route, pick, dtype):
         cast = [leaf.to(dtype) for leaf in leaves]
         with ostinato.backend(recurrent_scan=route):
-            outputs, last = recurrent_scan(problem.cell, (cast[0],), cast[1])
+            outputs, last = recurrent_scan(problem.cell, (cast[0],), cast[1], reset=problem.reset)
         return torch.autograd.grad(pick(outputs, last).square().sum(), leaves)
 
     for pick in (lambda outputs, _: outputs, lambda _, last: last.cell, lambda _, last: last.maximum):
@@ -259,9 +264,9 @@ def test_inputs_that_are_not_contiguous(device):
 
 @pytest.mark.parametrize("cell", [GRU(), M2RNN(0.5)])
 def test_compiles_forward_and_backward(device, cell):
-    problem = Problem(cell, device, time=3, dim=(16, 16) if isinstance(cell, M2RNN) else 16)
+    problem = Problem(cell, device, time=3, dim=(16, 16) if isinstance(cell, M2RNN) else DIM)
     eager = problem.solve("triton")
-    compiled = torch.compile(recurrent_scan, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    compiled = torch.compile(recurrent_scan, fullgraph=True, backend="aot_eager")
     found = problem.solve("triton", function=compiled)
     for ours, theirs in zip(found, eager, strict=True):
         assert all(relative_error(a, b) < 1e-6 for a, b in zip(ours, theirs, strict=True))
@@ -271,7 +276,7 @@ def test_a_second_derivative_says_what_to_do(device):
     problem = Problem(Elman(), device, time=2)
     weight = problem.weights[0].requires_grad_()
     with ostinato.backend(recurrent_scan="triton"):
-        outputs, _ = recurrent_scan(problem.cell, (weight,), problem.inputs)
+        outputs, _ = recurrent_scan(problem.cell, (weight,), problem.inputs, reset=problem.reset)
     (first,) = torch.autograd.grad(outputs.square().sum(), weight, create_graph=True)
     with pytest.raises(BackendError, match="differentiable once"):
         first.sum().backward()

@@ -17,14 +17,16 @@ from torch import Tensor
 from ostinato.ops.cells import GRU, LSTM, M2RNN, SLSTM, Cell, Elman, Inputs, State, Weights
 from ostinato.ops.kernels.triton import recurrent_scan_headwise as kernels
 from ostinato.ops.kernels.triton import recurrent_scan_matrix as matrix
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import card, power_of_two, tensors_in, without_second_derivative
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The number of each cell inside the kernels, and how many parts its state has.
 _NUMBER = {"Elman": 0, "LSTM": 1, "GRU": 2, "SLSTM": 3}
 _STATES = {"Elman": 1, "LSTM": 2, "GRU": 1, "SLSTM": 4}
-# Bytes of recurrent weights of one head that the registers of a multiprocessor can hold beside all else.
-_RESIDENT = 128 * 1024
+# The share of a multiprocessor's shared memory that the recurrent weights of one head may take on their way to
+# the registers; the rest is for what is copied ahead. 128 KB on a Hopper card, whose registers hold as much.
+_SHARE = 0.57
 
 
 def refuses(cell: Cell, weights: Weights, inputs: Inputs, state: State, reset: Tensor | None = None) -> str | None:
@@ -37,11 +39,12 @@ def refuses(cell: Cell, weights: Weights, inputs: Inputs, state: State, reset: T
     if type(cell) not in (Elman, LSTM, GRU, SLSTM):
         return f"no kernel for the cell {type(cell).__name__}"
     gates, _, dim, _ = weights[0].shape
-    needed = gates_in_tiles(gates) * power_of_two(max(dim, 16)) ** 2 * inputs.element_size()
-    if needed > _RESIDENT:
+    needed = power_of_two(gates) * power_of_two(max(dim, 16)) ** 2 * inputs.element_size()
+    room = int(_SHARE * card(inputs.device).shared_memory)
+    if needed > room:
         return (
             f"the recurrent weights of one head ({gates} gates of {dim} × {dim}, {needed // 1024} KB in tiles) do not "
-            f"stay on chip, {_RESIDENT // 1024} KB do; use more heads"
+            f"stay on chip, where there is room for {room // 1024} KB; use more heads"
         )
     return None
 
@@ -57,7 +60,8 @@ def run(
     """The route, on arguments as `recurrent_scan` has checked them."""
     if isinstance(cell, M2RNN):
         return matrix.run(cell, weights, inputs, state, reset)
-    name, state_type = type(cell).__name__, type(cell).state_type
+    headwise: Any = cell
+    name, state_type = type(cell).__name__, headwise.state_type
     if state is None:
         batch, _, _, heads, dim = inputs.shape
         stacked = inputs.new_zeros(_STATES[name], batch, heads, dim, dtype=torch.float32)
@@ -66,13 +70,8 @@ def run(
     bias = weights[1] if len(weights) > 1 else None
     tensors = [*weights, inputs, stacked]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    outputs, last, _, _ = forward(name, weights[0], bias, inputs, stacked, state is not None, reset, save)
+    outputs, last, _, _ = _scan(name, weights[0], bias, inputs, stacked, reset, save)
     return outputs, state_type(*last.unbind(0))
-
-
-def gates_in_tiles(gates: int) -> int:
-    """How many gates the tiles hold: a power of two."""
-    return power_of_two(gates)
 
 
 class Plan(NamedTuple):
@@ -126,18 +125,16 @@ def forward(
     bias: Tensor | None,
     inputs: Tensor,
     start: Tensor,
-    begun: bool,
     reset: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs, last state, and what the backward pass needs beside them (empty unless `save`).
 
-    The last state and `start` are (states, batch, heads, dim) in float32; `begun` says that `start` is not just
-    zeros. What is saved: the states other than
+    The last state and `start` are (states, batch, heads, dim) in float32. What is saved: the states other than
     the output that enter each step, (states − 1, batch, time, heads, dim), and the pre-activations of all gates.
     """
     inputs = inputs.contiguous()
-    batch, time, gates, heads, dim = inputs.shape
+    batch, time, _, heads, dim = inputs.shape
     outputs, last, memory, saved = _empty(name, inputs, start, save)
     tile = plan(batch, heads, dim, inputs.device)
     kernels.forward_kernel[(heads, -(-batch // tile.columns))](
@@ -177,7 +174,6 @@ def _(
     bias: Tensor | None,
     inputs: Tensor,
     start: Tensor,
-    begun: bool,
     reset: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -192,7 +188,6 @@ def backward(
     weight: Tensor,
     inputs: Tensor,
     start: Tensor,
-    begun: bool,
     reset: Tensor | None,
     outputs: Tensor,
     memory: Tensor,
@@ -225,18 +220,16 @@ def backward(
         **_constants(name, inputs, reset, tile),
     )
     through_inputs = 2 if name == "GRU" else gates
-    d_weight = _weight_gradient(d_inputs, through_inputs, start, begun, reset, outputs)
+    d_weight = _weight_gradient(d_inputs.flatten(2), through_inputs, start, reset, outputs)
     d_bias = start.new_empty(0)
     if name == "GRU":
-        last = _weight_gradient(d_candidate.unsqueeze(2), 1, start, begun, reset, outputs)
+        last = _weight_gradient(d_candidate.flatten(2), 1, start, reset, outputs)
         d_weight = torch.cat([d_weight, last])
         d_bias = d_candidate.sum((0, 1), dtype=torch.float32)
     return d_weight, d_bias, d_inputs, d_start
 
 
-def _weight_gradient(
-    delta: Tensor, gates: int, start: Tensor, begun: bool, reset: Tensor | None, outputs: Tensor
-) -> Tensor:
+def _weight_gradient(delta: Tensor, gates: int, start: Tensor, reset: Tensor | None, outputs: Tensor) -> Tensor:
     """Σ over batch and time of δ_t h_{t−1}ᵀ, (gates, heads, dim, dim), for the first gates of `delta`."""
     batch, time, heads, dim = outputs.shape
     d = power_of_two(max(dim, 16))
@@ -255,12 +248,12 @@ def _weight_gradient(
         time,
         heads,
         chunk,
-        SPAN=delta.shape[2],
+        delta.shape[-1],
         DIM=dim,
         D=d,
         ROWS=rows,
         RESET=reset is not None,
-        START=begun,
+        PRECISE=delta.dtype == torch.float32,
         num_warps=4 if d <= 64 else 8,
         num_stages=3 if delta.dtype != torch.float32 and d <= 128 else 1,
     )
@@ -275,7 +268,6 @@ def _(
     weight: Tensor,
     inputs: Tensor,
     start: Tensor,
-    begun: bool,
     reset: Tensor | None,
     outputs: Tensor,
     memory: Tensor,
@@ -291,24 +283,24 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    name, weight, bias, sequence, start, begun, reset, _ = inputs
+    name, weight, bias, sequence, start, reset, _ = inputs
     outputs, _, memory, saved = output
     ctx.mark_non_differentiable(memory, saved)
     ctx.set_materialize_grads(False)
-    ctx.name, ctx.begun, ctx.bias_type = name, begun, None if bias is None else bias.dtype
+    ctx.name, ctx.bias_type = name, None if bias is None else bias.dtype
     ctx.save_for_backward(weight, sequence, start, reset, outputs, memory, saved)
 
 
 def _differentiate(ctx: Any, grad_outputs: Tensor | None, grad_last: Tensor | None, *_: Any) -> tuple[Any, ...]:
     weight, sequence, start, reset, outputs, memory, saved = ctx.saved_tensors
-    d_weight, d_bias, d_inputs, d_start = backward(
+    d_weight, d_bias, d_inputs, d_start = call_once(
+        backward,
         ctx.name,
         torch.zeros_like(outputs) if grad_outputs is None else grad_outputs,
         grad_last,
         weight,
         sequence,
         start,
-        ctx.begun,
         reset,
         outputs,
         memory,
@@ -320,3 +312,4 @@ def _differentiate(ctx: Any, grad_outputs: Tensor | None, grad_last: Tensor | No
 
 forward.register_autograd(_differentiate, setup_context=_setup)
 without_second_derivative(backward)
+_scan = eagerly(forward, _setup, _differentiate)

@@ -21,11 +21,6 @@ SLSTM = tl.constexpr(3)
 if INTERPRETED:
 
     @triton.jit
-    def quick_tanh(x):
-        """tanh x."""
-        return 2 / (1 + tl.exp(-2 * x)) - 1
-
-    @triton.jit
     def power_of_2(x):
         """2^x."""
         return tl.exp2(x)
@@ -36,12 +31,6 @@ if INTERPRETED:
         return 1 / x
 
 else:
-
-    @triton.jit
-    def quick_tanh(x):
-        """tanh x by one instruction, with a relative error of 2^−11."""
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
     # The card's own instructions, without the care for denormal numbers that Triton's functions take: a third of
     # the instructions of a step, and all of them on its critical path. Errors of 2 units in the last place.
 

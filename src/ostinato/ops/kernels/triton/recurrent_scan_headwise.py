@@ -28,65 +28,7 @@ from ostinato.ops.kernels.triton.recurrent_scan_cells import (
     slstm_step,
     tanh,
 )
-
-
-@triton.jit
-def _apart(quads):
-    """The four tiles that are stacked on two last axes of 2."""
-    even, odd = tl.split(quads)
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _four(product, COLUMNS: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr):
-    """The gates of a product (PARTS, E · 4, COLUMNS) in which they are neighbours: four tiles."""
-    quads = tl.permute(tl.reshape(product, (PARTS, E, 4, COLUMNS)), (3, 1, 0, 2))
-    return _apart(tl.reshape(quads, (COLUMNS, E, PARTS, 2, 2)))
-
-
-@triton.jit
-def _stack(
-    first, second, third, fourth, GATES: tl.constexpr, COLUMNS: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr
-):
-    """The inverse of `_four`; of one gate, (PARTS, E, COLUMNS)."""
-    if GATES == 1:
-        return tl.permute(first, (2, 1, 0))
-    else:
-        quads = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (COLUMNS, E, PARTS, 4))
-        return tl.reshape(tl.permute(quads, (2, 1, 3, 0)), (PARTS, E * 4, COLUMNS))
-
-
-@triton.jit
-def _to_all(hidden, COLUMNS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
-    """A tile as the operand of a product of every part: (PARTS, D, COLUMNS)."""
-    whole = tl.reshape(tl.permute(hidden, (2, 1, 0)), (1, D, COLUMNS))
-    return tl.broadcast_to(whole, (PARTS, D, COLUMNS))
-
-
-@triton.jit
-def _fold(tile, HALF: tl.constexpr, COLUMNS: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr):
-    """(COLUMNS, E, PARTS, 2 · HALF) added up in pairs on the last axis."""
-    one, two = tl.split(tl.reshape(tile, (COLUMNS, E, PARTS, HALF, 2)))
-    return one + two
-
-
-@triton.jit
-def _sum_of_parts(product, COLUMNS: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr):
-    """The sum of a (PARTS, PARTS · E, COLUMNS) over its first axis, a tile."""
-    tile = tl.permute(tl.reshape(product, (PARTS, PARTS, E, COLUMNS)), (3, 2, 1, 0))
-    if PARTS >= 16:
-        tile = _fold(tile, 8, COLUMNS, E, PARTS)
-    if PARTS >= 8:
-        tile = _fold(tile, 4, COLUMNS, E, PARTS)
-    if PARTS >= 4:
-        tile = _fold(tile, 2, COLUMNS, E, PARTS)
-    if PARTS >= 2:
-        one, two = tl.split(tile)
-        return one + two
-    else:
-        return tl.reshape(tile, (COLUMNS, E, PARTS))
+from ostinato.ops.kernels.triton.recurrent_scan_tiles import four, stack, sum_of_parts
 
 
 @triton.jit
@@ -107,7 +49,7 @@ def forward_kernel(
     reset,  # (batch, time) bool
     outputs,  # (batch, time, heads, DIM)
     last,  # as start
-    memory,  # (STATES − 1, batch, time, heads, DIM) float32: what enters every step beside h
+    memory,  # (STATES − 1, batch, time + 1, heads, DIM) float32: what enters every step beside h, and the end
     gates,  # (batch, time, GATES, heads, DIM) float32: pre-activations
     batch,
     time,
@@ -127,20 +69,18 @@ def forward_kernel(
 ):
     """All steps of one head for COLUMNS rows of the batch. WHOLE: no tile reaches over an edge."""
     PADDED: tl.constexpr = 1 if GATES == 1 else 4
-    E: tl.constexpr = D // PARTS
+    ROWS: tl.constexpr = PADDED * D // PARTS
     kind = inputs.dtype.element_ty
     head = tl.program_id(0)
-    d = tl.arange(0, PARTS)[None, None, :] * E + tl.arange(0, E)[None, :, None]
-    row = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[:, None, None]).to(tl.int64)
+    d = tl.arange(0, D)[:, None]
+    row = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]).to(tl.int64)
     mask = (d < DIM) & (row < batch)
     width = heads * DIM
     step = GATES * width
     here = head * DIM + d
 
-    # R (PARTS, E · gates, D): the gates of an output are neighbours.
-    part = tl.arange(0, PARTS)[:, None, None]
-    inner = tl.arange(0, E * PADDED)[None, :, None]
-    gate, out = inner % PADDED, part * E + inner // PADDED
+    part = tl.arange(0, PARTS)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    gate, out = part // D, part % D
     column = tl.arange(0, D)[None, None, :]
     inside = (gate < GATES) & (out < DIM) & (column < DIM)
     recurrent = tl.load(weight + ((gate * heads + head) * DIM + out) * DIM + column, mask=inside, other=0.0)
@@ -149,7 +89,7 @@ def forward_kernel(
     plane = tl.cast(batch, tl.int64) * width
     at = row * width + here
     hidden = _load(start + at, mask, not WHOLE)
-    zeros = tl.zeros((COLUMNS, E, PARTS), tl.float32)
+    zeros = tl.zeros((D, COLUMNS), tl.float32)
     cell, normalizer, maximum, shift = zeros, zeros, zeros, zeros
     if STATES > 1:
         cell = _load(start + plane + at, mask, not WHOLE)
@@ -161,12 +101,6 @@ def forward_kernel(
 
     # Pointers that go on by one step at a time.
     x_at = inputs + row * time * step + here
-    x_mask = mask
-    if GATES > 1:
-        two = tl.arange(0, 2)
-        number = two[None, None, None, :, None] * 2 + two[None, None, None, None, :]
-        x_at = x_at[:, :, :, None, None] + number * width
-        x_mask = mask[:, :, :, None, None] & (number < GATES)
     g_at = gates + row * time * step + here
     y_at = outputs + row * time * width + here
     m_at = memory + row * time * width + here
@@ -181,13 +115,16 @@ def forward_kernel(
     # The product with what enters a step is made at the end of the step before, and the first one before the loop.
     # That, and the selection above between load and product, make the compiler keep the weights in registers: from
     # a load, or with one product in the loop alone, it leaves them in shared memory and reads them in every step.
-    entering = _to_all(hidden.to(kind), COLUMNS, D, PARTS)
+    entering = tl.broadcast_to(hidden.to(kind)[None, :, :], (PARTS, D, COLUMNS))
     product = tl.dot(recurrent, entering, input_precision="ieee")
     for t in tl.range(0, time, num_stages=STAGES):
-        if GATES == 1:
-            x1 = _load(x_at, mask, not WHOLE)
-        else:
-            x1, x2, x3, x4 = _apart(_load(x_at, x_mask, GATES == 3 or not WHOLE))
+        x1 = _load(x_at, mask, not WHOLE)
+        x2, x3, x4 = x1, x1, x1
+        if GATES > 1:
+            x2 = _load(x_at + width, mask, not WHOLE)
+            x3 = _load(x_at + 2 * width, mask, not WHOLE)
+        if GATES > 3:
+            x4 = _load(x_at + 3 * width, mask, not WHOLE)
         x_at += step
         if RESET:
             fresh = tl.load(reset + row * time + t + 1, mask=(row < batch) & (t + 1 < time), other=0) != 0
@@ -199,10 +136,10 @@ def forward_kernel(
             m_at += width
 
         if GATES == 1:
-            a1 = tl.permute(product, (2, 1, 0)) + x1
+            a1 = tl.reshape(product, (D, COLUMNS)) + x1
             a2, a3, a4 = a1, a1, a1
         else:
-            a1, a2, a3, a4 = _four(product, COLUMNS, E, PARTS)
+            a1, a2, a3, a4 = four(tl.reshape(product, (4, D, COLUMNS)), D, COLUMNS)
             a1 += x1
             a2 += x2
             if CELL == GRU:
@@ -233,7 +170,7 @@ def forward_kernel(
             cell = tl.where(fresh, 0.0, cell)
             normalizer = tl.where(fresh, 0.0, normalizer)
             maximum = tl.where(fresh, 0.0, maximum)
-        entering = _to_all(hidden.to(kind), COLUMNS, D, PARTS)
+        entering = tl.broadcast_to(hidden.to(kind)[None, :, :], (PARTS, D, COLUMNS))
         product = tl.dot(recurrent, entering, input_precision="ieee")
 
     tl.store(last + at, hidden, mask=mask)
@@ -316,12 +253,6 @@ def backward_kernel(
 
     # Pointers at the last step, that go back by one step at a time.
     g_at = gates + (row * time + time - 1) * step + here
-    g_mask = mask
-    if GATES > 1:
-        two = tl.arange(0, 2)
-        number = two[None, None, None, :, None] * 2 + two[None, None, None, None, :]
-        g_at = g_at[:, :, :, None, None] + number * width
-        g_mask = mask[:, :, :, None, None] & (number < GATES)
     dx_at = d_inputs + (row * time + time - 1) * step + here
     dy_at = d_outputs + (row * time + time - 1) * width + here
     dn_at = d_candidate + (row * time + time - 1) * width + here
@@ -332,14 +263,17 @@ def backward_kernel(
 
     # Zeros, in a way that the compiler cannot know, for a first product before the loop, as in the forward kernel.
     nothing = zeros + tl.where(time < 0, time, 0)
-    leaving = _stack(nothing, nothing, nothing, nothing, GATES, COLUMNS, E, PARTS).to(kind)
+    leaving = stack(nothing, nothing, nothing, nothing, GATES, COLUMNS, E, PARTS).to(kind)
     product = tl.dot(recurrent, leaving, input_precision="ieee")
     for back in tl.range(0, time, num_stages=STAGES):
         t = time - 1 - back
-        if GATES == 1:
-            a1 = _load(g_at, mask, not WHOLE)
-        else:
-            a1, a2, a3, a4 = _apart(_load(g_at, g_mask, GATES == 3 or not WHOLE))
+        a1 = _load(g_at, mask, not WHOLE)
+        a2, a3, a4, x3, old, old_n, old_m = a1, a1, a1, a1, a1, a1, a1
+        if GATES > 1:
+            a2 = _load(g_at + width, mask, not WHOLE)
+            a3 = _load(g_at + 2 * width, mask, not WHOLE)
+        if GATES > 3:
+            a4 = _load(g_at + 3 * width, mask, not WHOLE)
         if STATES > 1:
             old = _load(m_at, mask, not WHOLE)
         if STATES > 2:
@@ -364,7 +298,7 @@ def backward_kernel(
             factors = gru_factors(a1, a2, a3, x3.to(tl.float32), old, PRECISE)
         else:
             factors = slstm_factors(a1, a2, a3, a4, old, old_n, old_m, PRECISE)
-        dh = direct + dy + _sum_of_parts(product, COLUMNS, E, PARTS)
+        dh = direct + dy + sum_of_parts(product, COLUMNS, E, PARTS)
         direct = zeros
         if CELL == ELMAN:
             d1 = dh * slope
@@ -385,9 +319,9 @@ def backward_kernel(
             d_maximum = tl.where(fresh, 0.0, d_maximum)
             l1, l2 = tl.where(fresh, 0.0, d1), tl.where(fresh, 0.0, d2)
             l3, l4 = tl.where(fresh, 0.0, d3), tl.where(fresh, 0.0, d4)
-            leaving = _stack(l1, l2, l3, l4, GATES, COLUMNS, E, PARTS).to(kind)
+            leaving = stack(l1, l2, l3, l4, GATES, COLUMNS, E, PARTS).to(kind)
         else:
-            leaving = _stack(d1, d2, d3, d4, GATES, COLUMNS, E, PARTS).to(kind)
+            leaving = stack(d1, d2, d3, d4, GATES, COLUMNS, E, PARTS).to(kind)
         product = tl.dot(recurrent, leaving, input_precision="ieee")
 
         tl.store(dx_at, d1.to(kind), mask=mask)
@@ -407,7 +341,7 @@ def backward_kernel(
         y_at -= width
         m_at -= width
 
-    tl.store(d_start + at, direct + _sum_of_parts(product, COLUMNS, E, PARTS), mask=mask)
+    tl.store(d_start + at, direct + sum_of_parts(product, COLUMNS, E, PARTS), mask=mask)
     if STATES > 1:
         tl.store(d_start + plane + at, d_cell, mask=mask)
     if STATES > 2:
@@ -417,7 +351,7 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["batch", "time", "heads", "chunk"])
 def weight_gradient_kernel(
-    delta,  # gradients of pre-activations, (batch, time, SPAN, heads, DIM)
+    delta,  # gradients of the pre-activations: (batch · time, columns), a gate's heads begin at gate · heads · DIM
     start,
     reset,
     outputs,
@@ -426,12 +360,12 @@ def weight_gradient_kernel(
     time,
     heads,
     chunk,  # rows of one program, a multiple of ROWS
-    SPAN: tl.constexpr,
+    columns,
     DIM: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     RESET: tl.constexpr,
-    START: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     """Σ δ_t h_{t−1}ᵀ over a chunk of the steps of all sequences, for one gate of one head."""
     kind = delta.dtype.element_ty
@@ -440,21 +374,19 @@ def weight_gradient_kernel(
     width = heads * DIM
     inside = d < DIM
     total = tl.zeros((D, D), tl.float32)
-    first = piece * chunk
+    first = tl.cast(piece, tl.int64) * chunk
     for block in range(0, chunk, ROWS):
         row = first + block + tl.arange(0, ROWS)[:, None]
-        valid = row < batch * time
         b = row // time
         t = row - b * time
-        place = row.to(tl.int64)
-        change = tl.load(delta + place * (SPAN * width) + gate * width + head * DIM + d, mask=valid & inside, other=0.0)
+        valid = row < tl.cast(batch, tl.int64) * time
+        change = tl.load(delta + row * columns + gate * width + head * DIM + d, mask=valid & inside, other=0.0)
         if RESET:
-            valid = valid & (tl.load(reset + place, mask=valid, other=1) == 0)
-        entering = tl.load(outputs + place * width + (head - heads) * DIM + d, mask=valid & (t > 0) & inside, other=0.0)
-        if START:
-            at = b.to(tl.int64) * width + head * DIM + d
-            entering += tl.load(start + at, mask=valid & (t == 0) & inside, other=0.0).to(kind)
-        total = tl.dot(tl.trans(change), entering, total, input_precision="ieee")
+            valid = valid & (tl.load(reset + row, mask=valid, other=1) == 0)
+        entering = _entering(
+            outputs + (row - 1) * width + head * DIM + d, start + b * width + head * DIM + d, t, valid & inside
+        )
+        total = tl.dot(tl.trans(change), entering.to(kind), total, input_precision="ieee")
     o = tl.arange(0, D)[:, None]
     place = ((gate * tl.num_programs(1) + piece) * heads + head) * DIM * DIM
     tl.store(partial + place + o * DIM + d, total, mask=(o < DIM) & inside)

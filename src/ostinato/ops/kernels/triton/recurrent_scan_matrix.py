@@ -14,12 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ostinato.ops.cells import M2RNN, Inputs, Memory, Weights
-from ostinato.ops.kernels.triton.launch import power_of_two, without_second_derivative
-from ostinato.ops.kernels.triton.recurrent_scan_cells import quick_tanh, tanh
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
+from ostinato.ops.kernels.triton.launch import card, power_of_two, without_second_derivative
+from ostinato.ops.kernels.triton.recurrent_scan_cells import tanh
 
-# Numbers in the matrix of a head, of which several copies stay in the registers of its program.
-_LARGEST = 8192
-QUICK = True
+# Numbers in the matrix of a head, and its columns, that stay on chip: in half precision, and in float32, where the
+# products are made of many more instructions.
+_LARGEST = {2: (8192, 64), 4: (2048, 32)}
+# Bytes of shared memory for each of them.
+_BYTES = 16
 
 
 @triton.jit
@@ -30,11 +33,6 @@ def _row(pointer, size, COUNT: tl.constexpr, ALL: tl.constexpr):
         return tl.load(pointer + place).to(tl.float32)
     else:
         return tl.load(pointer + place, mask=place < size, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _tanh(x, QUICK: tl.constexpr, PRECISE: tl.constexpr):
-    return quick_tanh(x) if QUICK else tanh(x, PRECISE)
 
 
 @triton.jit(do_not_specialize=["time", "heads"])
@@ -55,7 +53,6 @@ def forward_kernel(
     V: tl.constexpr,
     RESET: tl.constexpr,
     STAGES: tl.constexpr,
-    QUICK: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
     """All steps of one head of one row of the batch."""
@@ -93,7 +90,7 @@ def forward_kernel(
         f_at += go
         next_v = _row(v_at, VALUE, V, VALUE == V)
         next_f = tl.load(f_at).to(tl.float32)
-        candidate = _tanh(product + k[:, None] * v[None, :], QUICK, PRECISE)
+        candidate = tanh(product + k[:, None] * v[None, :], PRECISE)
         memory = candidate + f * (memory - candidate)
         entering = memory.to(kind)
         tl.store(y_at, entering, mask=mask)
@@ -120,13 +117,12 @@ def _step_back(
     turned,
     bound,
     CLIP: tl.constexpr,
-    QUICK: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
     """The gradient of the memory that enters, of W so far, and of k, v and f."""
     kind = entering.dtype
     product = tl.dot(entering, mixing, input_precision="ieee")
-    candidate = _tanh(product + k[:, None] * v[None, :], QUICK, PRECISE)
+    candidate = tanh(product + k[:, None] * v[None, :], PRECISE)
     delta = carried + dy.to(tl.float32)
     by_candidate = (1 - f) * delta * (1 - candidate * candidate)
     df = tl.sum(delta * (entering.to(tl.float32) - candidate))
@@ -166,7 +162,6 @@ def backward_kernel(
     RESET: tl.constexpr,
     CLIP: tl.constexpr,
     STAGES: tl.constexpr,
-    QUICK: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
     """The walk back for one head of one row of the batch."""
@@ -211,7 +206,7 @@ def backward_kernel(
             fresh = tl.load(reset + b * time + time - 1 - back) != 0
             entering = tl.where(fresh, 0.0, entering.to(tl.float32)).to(kind)
         carried, d_mixing, dk, dv, df = _step_back(
-            entering, k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, QUICK, PRECISE
+            entering, k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE
         )
         if RESET:
             carried = tl.where(fresh, 0.0, carried)
@@ -234,7 +229,7 @@ def backward_kernel(
     dy = tl.load(dy_at, mask=mask, other=0.0)
     k = _row(k_at, KEY, K, KEY == K)
     carried, d_mixing, dk, dv, df = _step_back(
-        entering.to(kind), k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, QUICK, PRECISE
+        entering.to(kind), k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE
     )
     if RESET:
         carried = tl.where(fresh, 0.0, carried)
@@ -249,10 +244,12 @@ def refuses(weights: Weights, inputs: Inputs) -> str | None:
     """Why the kernels cannot serve a call."""
     key, value = inputs[0].shape[-1], inputs[1].shape[-1]
     needed = power_of_two(max(key, 16)) * power_of_two(max(value, 16))
-    if needed > _LARGEST or value > 64:
+    most, columns = _LARGEST[inputs[0].element_size()]
+    most = min(most, card(inputs[0].device).shared_memory // _BYTES)
+    if needed > most or value > columns:
         return (
-            f"the matrix of a head ({key} × {value}) does not stay on chip: at most {_LARGEST} numbers in tiles "
-            "and 64 columns do; use more heads"
+            f"the matrix of a head ({key} × {value} in {inputs[0].dtype}) does not stay on chip: at most {most} "
+            f"numbers in tiles and {columns} columns do; use more heads"
         )
     return None
 
@@ -261,7 +258,7 @@ def run(cell: M2RNN, weights: Weights, inputs: Inputs, state: Any, reset: Tensor
     """The route for M²RNN."""
     keys, values, forget = inputs
     start = cell.initial_state(tuple(part[:, 0] for part in inputs)) if state is None else state
-    outputs, last = forward(weights[0], keys, values, forget, start[0].float(), reset, cell.gradient_clip)
+    outputs, last = _scan(weights[0], keys, values, forget, start[0].float(), reset, cell.gradient_clip)
     return outputs, Memory(last)
 
 
@@ -278,7 +275,6 @@ def _constants(keys: Tensor, values: Tensor, reset: Tensor | None) -> dict[str, 
         "num_warps": warps(k, v),
         "num_stages": 1,
         "STAGES": 3,
-        "QUICK": QUICK and keys.dtype == torch.bfloat16,
     }
 
 
@@ -406,7 +402,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _differentiate(ctx: Any, grad_outputs: Tensor | None, grad_last: Tensor | None) -> tuple[Any, ...]:
     weight, keys, values, forget, start, reset, outputs = ctx.saved_tensors
-    d_weight, *d_inputs = backward(
+    d_weight, *d_inputs = call_once(
+        backward,
         torch.zeros_like(outputs) if grad_outputs is None else grad_outputs,
         torch.zeros_like(start) if grad_last is None else grad_last,
         *(weight, keys, values, forget, start, reset, outputs, ctx.clip),
@@ -416,3 +413,4 @@ def _differentiate(ctx: Any, grad_outputs: Tensor | None, grad_last: Tensor | No
 
 forward.register_autograd(_differentiate, setup_context=_setup)
 without_second_derivative(backward)
+_scan = eagerly(forward, _setup, _differentiate)
