@@ -212,7 +212,7 @@ class Walks(NamedTuple):
                 products if flow is None else flow,
                 describe(into, sizes.block),
                 products if last is None else last,
-                readers[:, -1].contiguous(),
+                readers[:, -1].contiguous() if self.reverse else outputs,
                 values.shape[1],
                 triton.cdiv(values.shape[1], self.rows) * self.rows,
                 values.shape[2],

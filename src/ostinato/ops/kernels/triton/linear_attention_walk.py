@@ -15,7 +15,7 @@ after. It is cumulated from the end of (q_i·dq_i) − (k_i·dk_i), both without
 what cancels is then no larger than the flow itself, also where decays are strong. The last step and the last state
 are such a pair, too: it is left out of k_T·dk_T, and of the last state that the flow at the end is reckoned from.
 
-Source: GLA (arXiv 2312.06635), section 4; the two levels: card of TFLA (arXiv 2503.14376), section 3.
+Source: GLA (arXiv 2312.06635), section 4; the two levels, segments of chunks: TFLA (arXiv 2503.14376), section 3.
 """
 
 from __future__ import annotations
