@@ -79,11 +79,11 @@ def plan(
         block_t = min(1024, max(32, power_of_two(time)))
         block_c, warps, stages = 1, 2 if block_t == 1024 else 1, 2
     else:
-        # Rows of which nothing is known are read a number a lane.
+        # A row of which nothing is known is read a number a lane.
         lanes = 32 * max(1, 16 // width) if channels % 16 == 0 else 32
-        shapes = [(lanes, 1), (lanes // 4, 4), (max(8, lanes // 8), 4)]
-        if tensors == 3:
-            shapes.insert(0, (2 * lanes, 2))
+        shapes = [(lanes // 4, 4), (max(8, lanes // 8), 4)]
+        if width == 4 and lanes == 128:
+            shapes = [*([(256, 2)] if tensors == 3 else []), (128, 1), *shapes]
         full = [shape for shape in shapes if 1.1 * batch * math.ceil(channels / shape[0]) >= processors]
         block_c, warps = full[0] if full else shapes[-1]
         block_t, stages = (64, 4) if warps == 4 else (8, 6)
@@ -92,7 +92,9 @@ def plan(
     # A second reading has to be repaid: by at least three times as many programs.
     segments = min(2 * processors // programs, time // _SHORTEST_SEGMENT) if 3 * programs <= 2 * processors else 1
     length = block_t * math.ceil(time / (max(1, segments) * block_t))
-    return Plan(block_t, block_c, warps, stages, math.ceil(time / length), length)
+    # A stage is a tile of each tensor, and one fewer than the stages are under way.
+    room = card(device).shared_memory * 2 // 3 // (block_t * block_c * max(width, 4) * tensors)
+    return Plan(block_t, block_c, warps, max(1, min(stages, 1 + room)), math.ceil(time / length), length)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ _SHORTEST_SEGMENT = 8 if INTERPRETED else 256
 _LEAD = 8 if INTERPRETED else 128
 _WALKS = 4
 _TOLERANCE = 5e-7
-# Segments that are fewer do not repay their being walked twice.
+# What is shorter, or cut into fewer segments, is walked in one piece: it takes less time than the launches.
+_LONG = 16 if INTERPRETED else 8192
 _FEWEST_SEGMENTS = 2 if INTERPRETED else 4
 
 
@@ -104,7 +105,7 @@ def _pieces(inputs: Tensor) -> tuple[int, int]:
     """The number and the length of the segments in which these inputs are walked: one, or enough to repay it."""
     batch, time, _, channels = inputs.shape
     segments = segments_of(batch, time, channels, inputs.device)
-    return _cut(time, segments if segments >= _FEWEST_SEGMENTS else 1, _BLOCK_T)
+    return _cut(time, segments if time >= _LONG and segments >= _FEWEST_SEGMENTS else 1, _BLOCK_T)
 
 
 @torch.library.custom_op("ostinato::newton_scan", mutates_args=())
@@ -120,9 +121,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, cells (empty unless `keep`), the last of both, and how it went.
 
-    That is: the largest |state| by segment and channel; the residual between segments by channel (nothing for
-    one piece); and flags: by row 1 where a state is not finite, and then, for several segments, by block of
-    channels in how many walks the residual fell under `tolerance`, or 0.
+    That is: the largest |state| by segment and channel, NaN where one is; and, nothing for one piece, the residual
+    between segments by channel, and by block of channels in how many walks it fell under `tolerance`, or 0.
     """
     x, a = _rows(inputs), recurrent.contiguous()
     p = a if peephole is None else peephole.contiguous()
@@ -137,37 +137,32 @@ def forward(
 
     out = x.new_empty(batch, time, channels)
     cells = empty(batch, time, channels) if lstm and keep else empty(0)
-    # States: those that leave the segments, the largest, those that enter.
+    # The states that leave the segments, and the largest.
     ends, peak = empty(batch, segments, channels), empty(batch, segments, channels)
     cell_ends = torch.empty_like(ends) if lstm else empty(0)
-    enters = torch.empty_like(ends) if joined else ends
-    enters_cell = torch.empty_like(ends) if joined and lstm else enters
-    products = empty(batch, segments, 4 if lstm else 1, channels) if joined else ends
     gap = empty(batch, channels) if joined else empty(0)
-    flags = torch.zeros(batch * (1 + blocks) if joined else batch, dtype=torch.int32, device=x.device)
-    done = flags[batch:] if joined else flags
+    done = (
+        torch.zeros(batch, blocks, dtype=torch.int32, device=x.device) if joined else x.new_empty(0, dtype=torch.int32)
+    )
     start = hidden.contiguous()
     start_cell = start if cell is None else cell.contiguous()
 
-    def walk(pieces: int, leads: bool) -> None:
+    def walk(enters: Tensor, enters_cell: Tensor, products: Tensor, pieces: int, stored: bool = True) -> None:
         kernels.walk[(batch * pieces * blocks,)](
             x,
             a,
             p,
-            start,
-            start_cell,
             enters,
             enters_cell,
             _bytes(reset, x),
             out,
             cells if lstm and keep else ends,
-            ends,
-            cell_ends if lstm else ends,
+            ends if stored else enters,
+            (cell_ends if stored else enters_cell) if lstm else ends,
             peak,
             products,
-            done,
+            done if joined else ends,
             gap if joined else ends,
-            flags,
             time,
             channels,
             pieces,
@@ -179,10 +174,10 @@ def forward(
             0,
             LSTM=lstm,
             FRESH=reset is not None,
-            LEADS=leads,
+            STORED=stored,
             KEEP=lstm and keep,
-            JOINED=pieces > 1,
-            GUARDED=joined and not leads,
+            JOINED=pieces > 1 and stored,
+            GUARDED=joined and stored,
             EVEN_T=time % _BLOCK_T == 0,
             EVEN_C=channels % _BLOCK_C == 0,
             BLOCK_T=_BLOCK_T,
@@ -191,34 +186,42 @@ def forward(
         )
 
     fits = False
-    for count in range(1, _WALKS + 1) if joined else ():
-        walk(segments, count == 1)
-        kernels.join[(batch * blocks,)](
-            enters,
-            enters_cell,
-            ends,
-            cell_ends if lstm else ends,
-            products,
-            peak,
-            gap,
-            done,
-            channels,
-            segments,
-            count,
-            min(tolerance, _TOLERANCE),
-            LSTM=lstm,
-            BLOCK_C=_BLOCK_C,
-            num_warps=1,
-        )
-        fits = _can_look(x) and bool(done.all())
-        if fits:
-            break
+    if joined:
+        enters = torch.zeros_like(ends)
+        enters[:, 0] = start
+        enters_cell = enters
+        if lstm:
+            enters_cell = torch.zeros_like(ends)
+            enters_cell[:, 0] = start_cell
+        products = empty(batch, segments, 4 if lstm else 1, channels)
+        walk(enters, enters_cell, products, segments, stored=False)
+        for count in range(1, _WALKS + 1):
+            walk(enters, enters_cell, products, segments)
+            kernels.join[(batch * blocks,)](
+                enters,
+                enters_cell,
+                ends,
+                cell_ends if lstm else ends,
+                products,
+                gap,
+                done,
+                channels,
+                segments,
+                count,
+                min(tolerance, _TOLERANCE),
+                LSTM=lstm,
+                BLOCK_C=_BLOCK_C,
+                num_warps=1,
+            )
+            fits = _can_look(x) and bool(done.all())
+            if fits:
+                break
     if not fits:
         # In one piece: everything, or what does not fit together by now.
-        walk(1, False)
+        walk(start, start_cell, ends, 1)
     last = ends[:, -1].contiguous() if joined else ends.view(batch, channels)
     last_cell = cell_ends[:, -1:].reshape(batch, channels) if lstm else cell_ends
-    return out, cells, last, last_cell, peak, gap, flags
+    return out, cells, last, last_cell, peak, gap, done
 
 
 @forward.register_fake
@@ -240,7 +243,7 @@ def _(
     def empty(*shape: int) -> Tensor:
         return inputs.new_empty(shape, dtype=torch.float32)
 
-    flags = batch * (1 + triton.cdiv(channels, _BLOCK_C)) if joined else batch
+    done = (batch, triton.cdiv(channels, _BLOCK_C)) if joined else (0,)
     return (
         inputs.new_empty(batch, time, channels),
         empty(batch, time, channels) if lstm and keep else empty(0),
@@ -248,7 +251,7 @@ def _(
         empty(batch, channels) if lstm else empty(0),
         empty(batch, segments, channels),
         empty(batch, channels) if joined else empty(0),
-        inputs.new_empty(flags, dtype=torch.int32),
+        inputs.new_empty(done, dtype=torch.int32),
     )
 
 
@@ -288,10 +291,10 @@ def backward(
     sums = empty(batch, segments, parts, channels)
     grad_h = empty(batch, channels)
     grad_c = empty(batch, channels) if lstm else empty(0)
-    ends = empty(batch, segments, kinds, channels) if segments > 1 else grad_h
-    products = empty(batch, segments, kinds * kinds, channels) if segments > 1 else grad_h
-    for totals in (True, False) if segments > 1 else (False,):
-        adjoint.walk_back[(batch * segments * triton.cdiv(channels, _BLOCK_C),)](
+    blocks = triton.cdiv(channels, _BLOCK_C)
+
+    def launch(mu_h: Tensor, mu_c: Tensor, ends: Tensor, products: Tensor, totals: bool) -> None:
+        adjoint.walk_back[(batch * segments * blocks,)](
             x,
             a,
             p,
@@ -301,13 +304,12 @@ def backward(
             states,
             cells if lstm else states,
             g,
-            end_h,
-            end_c,
+            mu_h,
+            mu_c,
             grad_x,
             sums,
-            grad_h,
-            grad_c if lstm else grad_h,
             ends,
+            grad_c if lstm else grad_h,
             products,
             time,
             channels,
@@ -325,6 +327,29 @@ def backward(
             BLOCK_C=_BLOCK_C,
             num_warps=1,
         )
+
+    mu_h, mu_c = end_h, end_c
+    if segments > 1:
+        ends = empty(batch, segments, kinds, channels)
+        products = empty(batch, segments, kinds * kinds, channels)
+        mu_h = empty(batch, segments, channels).zero_()
+        launch(mu_h, mu_h, ends, products, True)
+        # Nothing reads the zeros any more.
+        mu_c = torch.empty_like(mu_h) if lstm else mu_h
+        adjoint.between[(batch * blocks,)](
+            products,
+            ends,
+            mu_h,
+            mu_c,
+            end_h,
+            end_c,
+            channels,
+            segments,
+            LSTM=lstm,
+            BLOCK_C=_BLOCK_C,
+            num_warps=1,
+        )
+    launch(mu_h, mu_c, grad_h, grad_h, False)
     return (
         sums[:, :, :3].sum((0, 1)).to(recurrent.dtype),
         (sums[:, :, 3:].sum((0, 1)) if lstm else empty(0, channels)).to(
@@ -389,34 +414,32 @@ def run(
 ) -> tuple[Tensor, Any, Any]:
     """What the engine's routes compute: outputs, the last state, and a function that makes the report."""
     lstm = isinstance(cell, ParaLSTM)
-    batch, _, _, channels = inputs.shape
     if state is None:
+        batch, _, _, channels = inputs.shape
         zeros = inputs.new_zeros(batch, channels, dtype=torch.float32)
         state = ChannelCellHidden(zeros, zeros) if lstm else ChannelHidden(zeros)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, inputs, *state))
     hidden, memory = (state.hidden, state.cell) if lstm else (state.hidden, None)
-    outputs, _, last, last_cell, peak, gap, flags = _forward(
+    outputs, _, last, last_cell, peak, gap, done = _forward(
         weights[0], weights[1] if lstm else None, inputs, hidden, memory, reset, keep, settings.tolerance
     )
-    bad = flags[:batch]
 
     def report() -> Tensor:
         """(iterations, residual, peak, converged) by row."""
-        if flags.numel() == batch:
-            walks, residual = torch.zeros(2, batch, device=peak.device)
-        else:
-            walks = flags[batch:].view(batch, -1).float()
-            walks, residual = torch.where(walks == 0, _WALKS + 1, walks).amax(1), gap.amax(1)
-        residual = torch.where(bad == 0, residual, torch.nan)
-        return torch.stack([walks, residual, peak.amax((1, 2)), (bad == 0).float()], dim=1)
+        largest = peak.amax((1, 2))
+        good = torch.isfinite(largest)
+        walks, residual = torch.zeros_like(largest), torch.zeros_like(largest)
+        if done.numel():
+            walks, residual = torch.where(done == 0, _WALKS + 1, done).amax(1).float(), gap.amax(1)
+        return torch.stack([walks, torch.where(good, residual, torch.nan), largest, good.float()], dim=1)
 
     if settings.check:
         if torch.compiler.is_compiling():
-            good = bad.view(-1, 1) == 0
+            good = torch.isfinite(peak.amax((1, 2))).view(-1, 1)
             outputs = torch.where(good.unsqueeze(-1), outputs, torch.nan)
             last = torch.where(good, last, torch.nan)
             last_cell = torch.where(good, last_cell, torch.nan) if lstm else last_cell
-        elif bool(bad.any()):
+        elif not math.isfinite(peak.amax().item()):
             walks, residual, *_ = report().amax(0).tolist()
             raise diverged(cell, settings, int(walks), residual)
     return outputs, ChannelCellHidden(last_cell, last) if lstm else ChannelHidden(last), report

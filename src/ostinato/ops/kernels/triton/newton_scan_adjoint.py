@@ -13,44 +13,6 @@ from ostinato.ops.kernels.triton.newton_scan_cells import LOG2E, gru_pull, gru_s
 from ostinato.ops.kernels.triton.newton_scan_tiles import at_step, marks, put_step, put_tile, tile_at, tile_before
 
 
-@triton.jit
-def reaching(
-    last_h_pointer,
-    last_c_pointer,
-    ends_pointer,
-    products_pointer,
-    segment,
-    batch,
-    c,
-    channels,
-    segments,
-    inside,
-    LSTM: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """What reaches a segment of the adjoint: the gradient of the last state, through all segments after it."""
-    mh = tl.load(last_h_pointer + batch * channels + c, mask=inside, other=0.0)
-    mc = tl.zeros([BLOCK_C], tl.float32)
-    if LSTM:
-        mc = tl.load(last_c_pointer + batch * channels + c, mask=inside, other=0.0)
-    kinds: tl.constexpr = 2 if LSTM else 1
-    for back in tl.range(0, segments - 1 - segment, num_stages=4):
-        here = (batch * segments + segments - 1 - back) * channels
-        ends = ends_pointer + here * kinds + c
-        products = products_pointer + here * kinds * kinds + c
-        hh = tl.load(products, mask=inside, other=0.0)
-        end = tl.load(ends, mask=inside, other=0.0)
-        if LSTM:
-            hc = tl.load(products + channels, mask=inside, other=0.0)
-            ch = tl.load(products + 2 * channels, mask=inside, other=0.0)
-            cc = tl.load(products + 3 * channels, mask=inside, other=0.0)
-            end_c = tl.load(ends + channels, mask=inside, other=0.0)
-            mh, mc = hh * mh + hc * mc + end, ch * mh + cc * mc + end_c
-        else:
-            mh = hh * mh + end
-    return mh, mc
-
-
 @triton.jit(do_not_specialize=["nothing"])
 def walk_back(
     x_pointer,
@@ -62,14 +24,13 @@ def walk_back(
     states_pointer,  # (batch, time, channels)
     cell_pointer,
     grad_pointer,  # (batch, time, channels)
-    last_h_pointer,  # (batch, channels): the gradient of the last state
-    last_c_pointer,
+    mu_h_pointer,  # (batch, segments, channels): what reaches the segment from the one after it
+    mu_c_pointer,
     grad_x_pointer,  # (batch, time, 3, channels)
     grad_weights_pointer,  # (batch, segments, 3 or 5, channels)
-    grad_h_pointer,  # (batch, channels)
+    grad_h_pointer,  # (batch, channels); with TOTALS (batch, segments, 1 or 2, channels)
     grad_c_pointer,
-    ends_pointer,  # (batch, segments, 1 or 2, channels): what leaves a segment that nothing reaches
-    products_pointer,  # (batch, segments, 1 or 4, channels): what becomes of that which does
+    products_pointer,  # with TOTALS (batch, segments, 1 or 4, channels)
     time,
     channels,
     segments,
@@ -106,21 +67,16 @@ def walk_back(
     a1 = tl.load(a_pointer + channels + c, mask=inside, other=0.0).to(tl.float32)
     a2 = tl.load(a_pointer + 2 * channels + c, mask=inside, other=0.0).to(tl.float32)
     h0 = tl.load(h_pointer + batch * channels + c, mask=inside, other=0.0).to(tl.float32)
+    mh = tl.load(mu_h_pointer + here + c, mask=inside, other=0.0)
     zero = tl.zeros([BLOCK_C], tl.float32)
     one_ = zero + 1.0
     if LSTM:
         p0 = tl.load(p_pointer + c, mask=inside, other=0.0).to(tl.float32)
         p1 = tl.load(p_pointer + channels + c, mask=inside, other=0.0).to(tl.float32)
         c0 = tl.load(c_pointer + batch * channels + c, mask=inside, other=0.0).to(tl.float32)
+        mc = tl.load(mu_c_pointer + here + c, mask=inside, other=0.0)
     else:
-        p0, p1, c0 = zero, zero, zero
-    if TOTALS:
-        mh, mc = zero, zero
-    else:
-        mh, mc = reaching(
-            last_h_pointer, last_c_pointer, ends_pointer, products_pointer, segment, batch, c, channels, segments,
-            inside, LSTM, BLOCK_C,
-        )  # fmt: skip
+        p0, p1, c0, mc = zero, zero, zero, zero
     # The transposed product of the segment's Jacobians, by columns: of what enters as μ_c, and as μ_h.
     pcc, phc, pch, phh = one_, zero, zero, one_
     w0, w1, w2, w3, w4 = zero, zero, zero, zero, zero
@@ -249,7 +205,7 @@ def walk_back(
     parts: tl.constexpr = 5 if LSTM else 3
     if TOTALS:
         kinds: tl.constexpr = 2 if LSTM else 1
-        ends = ends_pointer + here * kinds + c
+        ends = grad_h_pointer + here * kinds + c
         tl.store(ends, mh, mask=inside)
         products = products_pointer + here * kinds * kinds + c
         tl.store(products, phh, mask=inside)
@@ -270,3 +226,42 @@ def walk_back(
             tl.store(grad_h_pointer + batch * channels + c, mh, mask=inside)
             if LSTM:
                 tl.store(grad_c_pointer + batch * channels + c, mc, mask=inside)
+
+
+@triton.jit
+def between(
+    products_pointer,
+    ends_pointer,
+    mu_h_pointer,
+    mu_c_pointer,
+    grad_h_pointer,  # (batch, channels): the gradient of the last state
+    grad_c_pointer,
+    channels,
+    segments,
+    LSTM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """What reaches each segment of the adjoint, from what each does as a whole."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < channels
+    mh = tl.load(grad_h_pointer + batch * channels + c, mask=inside, other=0.0)
+    mc = tl.load(grad_c_pointer + batch * channels + c, mask=inside, other=0.0) if LSTM else mh
+    kinds: tl.constexpr = 2 if LSTM else 1
+    for back in tl.range(0, segments, num_stages=4):
+        here = (batch * segments + segments - 1 - back) * channels
+        tl.store(mu_h_pointer + here + c, mh, mask=inside)
+        ends = ends_pointer + here * kinds + c
+        products = products_pointer + here * kinds * kinds + c
+        hh = tl.load(products, mask=inside, other=0.0)
+        end = tl.load(ends, mask=inside, other=0.0)
+        if LSTM:
+            tl.store(mu_c_pointer + here + c, mc, mask=inside)
+            hc = tl.load(products + channels, mask=inside, other=0.0)
+            ch = tl.load(products + 2 * channels, mask=inside, other=0.0)
+            cc = tl.load(products + 3 * channels, mask=inside, other=0.0)
+            end_c = tl.load(ends + channels, mask=inside, other=0.0)
+            mh, mc = hh * mh + hc * mc + end, ch * mh + cc * mc + end_c
+        else:
+            mh = hh * mh + end

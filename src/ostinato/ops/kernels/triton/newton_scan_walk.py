@@ -26,10 +26,8 @@ def walk(
     x_pointer,
     a_pointer,
     p_pointer,
-    h_pointer,  # (batch, channels), the initial state
+    h_pointer,  # (batch, segments, channels), the states that enter
     c_pointer,
-    enters_h_pointer,  # with JOINED (batch, segments, channels), the states that enter; with LEADS to be guessed
-    enters_c_pointer,
     fresh_pointer,
     out_pointer,
     cell_pointer,
@@ -39,12 +37,11 @@ def walk(
     products_pointer,  # with JOINED (batch, segments, 1 or 4, channels): Jacobians of the segments
     done_pointer,  # with GUARDED (batch, channel blocks): not to be walked again
     gap_pointer,  # (batch, channels): zero after a walk in one piece
-    bad_pointer,  # (batch,): 1 where a walk in one piece left the finite numbers
     time,
     channels,
     segments,
     length,
-    lead,  # with LEADS: how many steps before a segment a walk from zero makes the guess
+    lead,  # unless STORED: how many steps before a segment its guess is made from, from zero
     slots,  # as how many segments the results of this one count
     x_batch,
     x_time: tl.constexpr,
@@ -53,7 +50,7 @@ def walk(
     nothing,  # 0. Not known to be: so no alignment is, and each lane loads and keeps one channel
     LSTM: tl.constexpr,
     FRESH: tl.constexpr,
-    LEADS: tl.constexpr,
+    STORED: tl.constexpr,
     KEEP: tl.constexpr,
     JOINED: tl.constexpr,
     GUARDED: tl.constexpr,
@@ -69,11 +66,12 @@ def walk(
     batch = (tl.program_id(0) // blocks // segments).to(tl.int64)
     c = (block * BLOCK_C).to(tl.int64) + tl.arange(0, BLOCK_C)
     inside = c < channels
-    first = segment * length
-    end = min(first + length, time)
-    start = first
-    if LEADS:
-        start = tl.maximum(first - lead, 0)
+    start = segment * length
+    end = min(start + length, time)
+    if not STORED:
+        # A guess of the state that enters: a walk through the last steps before the segment.
+        end = start
+        start = tl.maximum(start - lead, 0)
     if GUARDED:
         done = tl.load(done_pointer + batch * blocks + block) != 0
         inside = inside & (done == 0)
@@ -85,18 +83,12 @@ def walk(
     fresh_pointer += batch * time
     out_pointer += batch * time * CHANNELS + nothing
     cell_pointer += batch * time * CHANNELS + nothing
-    if JOINED and not LEADS:
-        h = tl.load(enters_h_pointer + here, mask=inside, other=0.0)
-    else:
-        h = tl.load(h_pointer + batch * channels + c, mask=inside & (segment == 0), other=0.0).to(tl.float32)
+    h = tl.load(h_pointer + here, mask=inside, other=0.0).to(tl.float32)
     a0 = tl.load(a_pointer + c, mask=inside, other=0.0).to(tl.float32)
     a1 = tl.load(a_pointer + channels + c, mask=inside, other=0.0).to(tl.float32)
     a2 = tl.load(a_pointer + 2 * channels + c, mask=inside, other=0.0).to(tl.float32)
     if LSTM:
-        if JOINED and not LEADS:
-            cell = tl.load(enters_c_pointer + here, mask=inside, other=0.0)
-        else:
-            cell = tl.load(c_pointer + batch * channels + c, mask=inside & (segment == 0), other=0.0).to(tl.float32)
+        cell = tl.load(c_pointer + here, mask=inside, other=0.0).to(tl.float32)
         p0 = tl.load(p_pointer + c, mask=inside, other=0.0).to(tl.float32) * -LOG2E
         p1 = tl.load(p_pointer + channels + c, mask=inside, other=0.0).to(tl.float32) * -LOG2E
         s0, s1, s2 = -LOG2E, 1.0, -LOG2E
@@ -113,15 +105,6 @@ def walk(
     if FRESH:
         fresh = marks(fresh_pointer, start, steps, time)
     for _tile in range(tl.cdiv(end - start, BLOCK_T)):
-        if LEADS:
-            # The segment begins: what there is now is the guess.
-            opens = start == first
-            tl.store(enters_h_pointer + here, h, mask=inside & opens)
-            peak = tl.where(opens, 0.0, peak)
-            dhh, dch = tl.where(opens, 1.0, dhh), tl.where(opens, 0.0, dch)
-            dhc, dcc = tl.where(opens, 0.0, dhc), tl.where(opens, 1.0, dcc)
-            if LSTM:
-                tl.store(enters_c_pointer + here, cell, mask=inside & opens)
         # The next tile is under way while this one is walked.
         ahead = start + BLOCK_T
         if EVEN:
@@ -179,7 +162,7 @@ def walk(
                 h = tl.where(start + i < end, next_h, h)
             peak = tl.maximum(peak, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
             hs = put_step(hs, steps, i, h)
-        if start >= first:
+        if STORED:
             put_tile(out_pointer, hs, start, steps, c, CHANNELS, end, inside, EVEN)
             if KEEP:
                 put_tile(cell_pointer, cells, start, steps, c, CHANNELS, end, inside, EVEN)
@@ -191,11 +174,8 @@ def walk(
     tl.store(last_h_pointer + there, h, mask=inside)
     if LSTM:
         tl.store(last_c_pointer + there, cell, mask=inside)
-    if not JOINED:
-        bad = tl.sum(tl.where(inside & ((peak < float("inf")) == 0), 1, 0), axis=0)
-        tl.store(bad_pointer + batch, 1, mask=bad > 0)
-        if GUARDED:
-            tl.store(gap_pointer + batch * channels + c, zero, mask=inside)
+    if GUARDED and not JOINED:
+        tl.store(gap_pointer + batch * channels + c, zero, mask=inside)
     for slot in range(slots):
         tl.store(peak_pointer + (batch * segments * slots + segment + slot) * channels + c, peak, mask=inside)
     if JOINED:
@@ -215,7 +195,6 @@ def join(
     last_h_pointer,  # (batch, segments, channels), the states that left
     last_c_pointer,
     products_pointer,
-    peak_pointer,  # (batch, segments, channels)
     gap_pointer,  # (batch, channels)
     done_pointer,  # (batch, channel blocks): 0, or how many walks it took
     channels,
@@ -233,11 +212,9 @@ def join(
     done = tl.load(done_pointer + tl.program_id(0)) != 0
     inside = inside & (done == 0)
     kinds: tl.constexpr = 4 if LSTM else 1
-    # Beginning with what is infinite or NaN where a state of the last segment was: it fits nothing.
-    last = (batch * segments + segments - 1) * channels + c
-    gap = 0 * tl.load(peak_pointer + last, mask=inside, other=0.0)
-    change_h = tl.zeros([BLOCK_C], tl.float32)
-    change_c = change_h
+    gap = tl.zeros([BLOCK_C], tl.float32)
+    change_h = gap
+    change_c = gap
     for segment in tl.range(0, tl.where(done, 0, segments - 1), num_stages=4):
         here = (batch * segments + segment) * channels + c
         products = products_pointer + (batch * segments + segment) * channels * kinds + c
@@ -246,7 +223,6 @@ def join(
         hh = tl.load(products, mask=inside, other=0.0)
         # The largest distance, NaN if one is; relative to the state where that is large.
         apart = tl.abs(end - old) / tl.maximum(tl.abs(end), 1.0, propagate_nan=tl.PropagateNan.ALL)
-        apart += 0 * tl.load(peak_pointer + here, mask=inside, other=0.0)
         gap = tl.maximum(gap, apart, propagate_nan=tl.PropagateNan.ALL)
         if LSTM:
             end_c = tl.load(last_c_pointer + here, mask=inside, other=0.0)
