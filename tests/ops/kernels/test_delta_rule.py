@@ -18,7 +18,8 @@ BFLOAT16 = 6e-3
 """‖error‖ / ‖exact‖ for bfloat16. Rounding the exact result alone costs 1.7e-3; the state, what is written to it, T
 and P are rounded once each before they are multiplied, and these errors add up in squares."""
 
-DIMENSIONS = [(40, 16), (24, 33)] if INTERPRETED else [(16, 256), (256, 16), (24, 100), (256, 256)]
+# On a card every new size is compiled anew, for some seconds each.
+DIMENSIONS = [(40, 16), (24, 33)] if INTERPRETED else [(24, 100), (128, 128), (256, 256)]
 LENGTHS = [1, 31, 33, 65] if INTERPRETED else [1, 63, 64, 65, 1000, 4096]
 
 
@@ -27,7 +28,7 @@ def problem(
     time: int,
     decay: str = "scalar",
     n: int = 1,
-    sizes: tuple[int, int, int, int] = (1, 2, 16, 24),
+    sizes: tuple[int, int, int, int] = (1, 1, 16, 24),
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor | None]:
     """Queries, keys, values, β, log-decays and initial state, of size (batch, heads, key_dim, value_dim)."""
@@ -82,7 +83,7 @@ def assert_exact(arguments: list[Tensor | None], bound: float, decay_bound: floa
 @pytest.mark.parametrize("time", LENGTHS)
 @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 def test_lengths(device: torch.device, time: int, decay: str) -> None:
-    assert_exact(problem(device, time, decay), FLOAT32, normalize=True)
+    assert_exact(problem(device, time, decay, sizes=(1, 2, 16, 24)), FLOAT32, normalize=True)
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -95,13 +96,13 @@ def test_several_steps_a_token(device: torch.device, n: int, decay: str) -> None
 
 @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 def test_bfloat16(device: torch.device, decay: str) -> None:
-    arguments = problem(device, 70 if INTERPRETED else 1000, decay, sizes=(1, 2, 64, 64), dtype=torch.bfloat16)
+    arguments = problem(device, 70 if INTERPRETED else 1000, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
     # The decays' gradients are differences of sums that nearly cancel.
     assert_exact(arguments, BFLOAT16, 4 * BFLOAT16, normalize=True)
 
 
 def test_float16(device: torch.device) -> None:
-    arguments = problem(device, 70, sizes=(1, 2, 64, 64), dtype=torch.float16)
+    arguments = problem(device, 70, sizes=(1, 1, 64, 64), dtype=torch.float16)
     assert_exact(arguments, BFLOAT16 / 8, BFLOAT16 / 2, normalize=True)
 
 
@@ -146,16 +147,16 @@ def test_resets_at_the_edges_of_chunks(device: torch.device, decay: str) -> None
 
 
 @pytest.mark.parametrize("dims", DIMENSIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_dimensions(device: torch.device, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    bound = FLOAT32 if dtype == torch.float32 else BFLOAT16
-    assert_exact(problem(device, 70, sizes=(1, 1, *dims), dtype=dtype), bound, 2 * bound, normalize=True)
+def test_head_dimensions(device: torch.device, dims: tuple[int, int]) -> None:
+    arguments = problem(device, 70, sizes=(1, 1, *dims), dtype=torch.bfloat16)
+    assert_exact(arguments, BFLOAT16, 2 * BFLOAT16, normalize=True)
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
-def test_segments(device: torch.device, decay: str) -> None:
+def test_segments(device: torch.device, decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One head alone is walked in segments, whose entering states are found by the maps of the earlier ones."""
-    time = 600 if INTERPRETED else 65_536
+    monkeypatch.setattr(delta_rule_launch, "SEGMENTED", True)
+    time = 300 if INTERPRETED else 65_536
     arguments = problem(device, time, decay, sizes=(1, 1, 16, 16))
     q, k, v = arguments[:3]
     assert delta_rule_launch.plan(q, k, v, channels=decay == "vector").segments > 1
@@ -223,3 +224,5 @@ def test_refuses(device: torch.device) -> None:
             delta_rule(q, k, v, read_keys=k)
         with pytest.raises(BackendError, match="one type"):
             delta_rule(q, k, v.half())
+        with pytest.raises(BackendError, match="up to 128 channels"):
+            delta_rule(*(x.new_zeros(1, 2, 1, 200) for x in (q, k, v)))

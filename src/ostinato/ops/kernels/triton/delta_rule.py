@@ -43,6 +43,8 @@ def refuses(
         return "the kernels want queries, keys and values of one type"
     if max(keys.shape[-1], values.shape[-1]) > LARGEST:
         return f"the kernels hold head dimensions up to {LARGEST}, got {keys.shape[-1]} and {values.shape[-1]}"
+    if queries.dtype == torch.float32 and keys.shape[-1] > LARGEST // 2:
+        return f"in float32 the kernels hold keys of up to {LARGEST // 2} channels, got {keys.shape[-1]}"
     if keys.shape[1] // queries.shape[1] > 16:
         return "the kernels take at most 16 steps a token"
     if read_keys is not None or erase_keys is not None:

@@ -79,6 +79,10 @@ class Plan(NamedTuple):
         return {**found, "V": self.value_dim, "BV": values} if values else found
 
 
+SEGMENTED = False
+"""Whether long sequences of few heads are walked in segments. Off: it is right on a card, but the pass over the edges
+of the segments was slower than what they save, and has not been measured since it uses the matrix units."""
+
 SHORTEST_SEGMENT = 8
 """Chunks: in shorter segments the passes over their edges would cost more than they save."""
 
@@ -129,7 +133,7 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
         prepare_warps=8 if channels else 4,
         prepare_registers=None,
         segment=chunks
-        if key_block > 128
+        if key_block > 128 or not SEGMENTED
         else _segment(chunks, batch * heads * _cdiv(value_dim, widest), found_card.processors),
     )
     return found._replace(**OVERRIDES) if OVERRIDES else found
