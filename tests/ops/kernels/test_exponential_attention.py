@@ -13,14 +13,18 @@ from ostinato.ops.exponential_attention import ExponentialState, exponential_att
 from ostinato.ops.kernels.triton.launch import INTERPRETED
 
 FLOAT32 = 1e-5
-ROUNDINGS = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
-"""The root mean square error of rounding once is 0.58 of these to 0.87; what is computed is rounded where it enters
-the state, where the state is read, where pairs are weighed, and at the end: so sums of up to five independent
-roundings, 2 times one."""
+ROUNDINGS = 2.5
+"""In half precision, how many times the error of rounding the exact result. Five roundings are independent: what is
+written to the state, the state where it is read, weighed pairs, and the result; in dq and dk also their δ."""
 
 LENGTHS = [1, 31, 33, 65] if INTERPRETED else [1, 63, 64, 65, 1000, 4096]
-SIZES = [(5, 3), (24, 40)] if INTERPRETED else [(5, 3), (16, 256), (256, 16), (100, 72), (256, 256)]
+SIZES = [(5, 3, torch.float32), (24, 40, torch.float32)]
+if not INTERPRETED:
+    # Float32 multiplied in full compiles slowly for wide heads.
+    SIZES[1:] = [(72, 40, torch.bfloat16), (256, 256, torch.bfloat16)]
 NAMES = ("h", "C", "n", "m", "dq", "dk", "dv", "di", "df", "dC", "dn", "dm")
+CANCELS = ("dn", "dm")
+"""Not judged in half precision: small differences of what is rounded, as h hardly depends on the units of its state."""
 
 
 def problem(
@@ -72,38 +76,43 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def check(
-    arguments: list[Tensor], bound: float, skip: tuple[str, ...] = (), route: str = "parallel", **options
+    arguments: list[Tensor], bound: float = FLOAT32, skip: tuple[str, ...] = (), route: str = "parallel", **options
 ) -> None:
-    """All results are within the bound of those of `route` in float64, but for those to `skip`."""
+    """All results are within the bound of those of `route` in float64, but for those to `skip`.
+
+    In half precision the bound is `ROUNDINGS` times what rounding the exact result costs.
+    """
     found = differentiated("triton", arguments, **options)
     wanted = differentiated(route, arguments, torch.float64, **options)
-    names = NAMES[: 4 + len(arguments)]
-    errors = {name: error(f, w) for name, f, w in zip(names, found, wanted, strict=True) if name not in skip}
-    assert all(e <= bound for e in errors.values()), " ".join(f"{name} {e:.1e}" for name, e in errors.items())
+    for name, f, w in zip(NAMES[: 4 + len(arguments)], found, wanted, strict=True):
+        if name not in skip:
+            half = arguments[0].dtype != torch.float32
+            limit = ROUNDINGS * error(w.to(arguments[0].dtype), w) if half else bound
+            assert error(f, w) <= limit, f"{name}: {error(f, w):.1e} > {limit:.1e}"
 
 
 @pytest.mark.parametrize("time", LENGTHS)
 @pytest.mark.parametrize("with_reset", [False, True])
 def test_float32(device: torch.device, time: int, with_reset: bool) -> None:
     reset = torch.rand(2, time).to(device) < 0.1 if with_reset else None
-    check(problem(device, time, (2, 1, 16, 24)), FLOAT32, reset=reset)
+    check(problem(device, time, (2, 1, 16, 24)), reset=reset)
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), SIZES)
-def test_any_channels(device: torch.device, key_dim: int, value_dim: int) -> None:
-    check(problem(device, 40, (1, 2, key_dim, value_dim)), FLOAT32)
+@pytest.mark.parametrize(("key_dim", "value_dim", "dtype"), SIZES)
+def test_any_channels(device: torch.device, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    check(problem(device, 40, (1, 2, key_dim, value_dim), dtype), skip=CANCELS if dtype == torch.bfloat16 else ())
 
 
 @pytest.mark.parametrize("log_forget", [-20.0, -1e-4, 0.0])
 def test_strong_and_weak_decays(device: torch.device, log_forget: float) -> None:
-    check(problem(device, LENGTHS[-1], log_forget=log_forget, positive=True), FLOAT32)
+    check(problem(device, LENGTHS[-1], log_forget=log_forget, positive=True))
 
 
 def test_weak_decays_after_strong_ones(device: torch.device) -> None:
     arguments = problem(device, LENGTHS[-1], positive=True)
     f = arguments[4]
     f.copy_(torch.where(torch.arange(f.shape[1], device=device)[:, None] % 16 < 8, -20.0, -1e-4))
-    check(arguments, FLOAT32)
+    check(arguments)
 
 
 def test_resets_at_the_edges_of_chunks(device: torch.device) -> None:
@@ -111,15 +120,14 @@ def test_resets_at_the_edges_of_chunks(device: torch.device) -> None:
     for where in ([0], [31, 32, 33, 63, 64, 65], list(range(time))):
         reset = torch.zeros(1, time, dtype=torch.bool, device=device)
         reset[:, where] = True
-        check(problem(device, time), FLOAT32, reset=reset)
+        check(problem(device, time), reset=reset)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(device: torch.device, dtype: torch.dtype) -> None:
     sizes = (1, 1, 16, 16) if INTERPRETED else (2, 4, 128, 128)
     arguments = problem(device, LENGTHS[-1], sizes, dtype)
-    # The gradient of the initial maximum is a small difference of what is rounded.
-    check(arguments, 2 * ROUNDINGS[dtype], skip=("dm", "dn"))
+    check(arguments, skip=CANCELS)
 
 
 def test_exponentials_of_any_size(device: torch.device) -> None:
@@ -139,11 +147,11 @@ def test_ties_of_the_maximum_share_its_gradient(device: torch.device) -> None:
     arguments[7].fill_(0)
     # With a large ε h depends on m. Half to each side at every step, as the loop has it; a tree of maxima shares
     # otherwise.
-    check(arguments, FLOAT32, route="reference", eps=0.5)
+    check(arguments, route="reference", eps=0.5)
 
 
 def test_without_initial_state(device: torch.device) -> None:
-    check(problem(device, 40)[:5], FLOAT32)
+    check(problem(device, 40)[:5])
 
 
 def test_gradient_of_the_last_state_alone(device: torch.device) -> None:
@@ -163,8 +171,8 @@ def test_segments_of_time(device: torch.device) -> None:
     time = 32 * 17 if INTERPRETED else 65536
     reset = torch.zeros(1, time, dtype=torch.bool, device=device)
     reset[:, [100, 300]] = True
-    check(problem(device, time, (1, 1, 16, 16), positive=True), FLOAT32, reset=reset)
-    check(problem(device, time, (1, 1, 16, 16), positive=True, log_forget=-1e-4), FLOAT32)
+    check(problem(device, time, (1, 1, 16, 16), positive=True), reset=reset)
+    check(problem(device, time, (1, 1, 16, 16), positive=True, log_forget=-1e-4))
 
 
 def test_any_strides_and_mixed_types(device: torch.device) -> None:
