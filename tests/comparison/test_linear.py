@@ -41,7 +41,7 @@ def test_tasks_of_a_budget_can_be_built_and_have_the_columns(name: str) -> None:
 
 def test_the_columns_that_were_promised() -> None:
     columns = list(columns_of(budget_of("gpu")))
-    for name in ("parity", "mod-3", "S3", "S5", "MQAR 4", "MQAR 8", "MQAR 16", "selective copying", "passkey, 4×",
+    for name in ("parity", "mod-3", "S3", "S5", "MQAR 2", "MQAR 4", "MQAR 8", "selective copying", "passkey, 4×",
                  "passkey, 16×", "T1", "T2", "T3", "T4", "bits per byte"):  # fmt: skip
         assert name in columns
 

@@ -54,60 +54,61 @@ def _trainings(
 ) -> tuple[Training, ...]:
     """The trainings of the table, at a share of their steps; or some of them, or all with `steps`."""
     size = f"test_size={test_size}"
-    grammar = f"letters=6, length=16, {size}"
-    t4 = f"selectivbench(variant='T4', gap=(1, 5), tested_gaps=(10, 20, 50), {grammar})"
+    grammar = f"letters=6, length=16, test_size={min(32, test_size)}"
+    t4 = f"selectivbench(variant='T4', gap=(1, 5), tested_gaps=(10, 50), {grammar})"
     found = {
         "parity": Training(
             f"parity(min_length=2, max_length=16, tested_lengths=(16, 64, 256), {size})",
-            400,
+            300,
             {"parity": "accuracy/length 16", "parity, 4×": "accuracy/length 64"},
         ),
         "mod-3": Training(
             f"modular_counting(modulus=3, min_length=2, max_length=16, tested_lengths=(16, 64), {size})",
-            400,
+            300,
             {"mod-3": "accuracy/length 16", "mod-3, 4×": "accuracy/length 64"},
         ),
         "S3": Training(
             f"word_problem(group='S3', length=12, tested_lengths=(12, 48), {size})",
-            500,
-            {"S3": "accuracy/length 12"},
+            400,
+            {"S3": "accuracy/length 12", "S3, 4×": "accuracy/length 48"},
             64,
         ),
+        # Words of swaps: all 120 elements would not be learned in so few steps by any.
         "S5": Training(
-            f"word_problem(group='S5', length=8, tested_lengths=(8, 32), {size})",
-            500,
-            {"S5": "accuracy/length 8"},
+            f"word_problem(group='S5', letters='swaps', length=8, tested_lengths=(8, 32), {size})",
+            400,
+            {"S5": "accuracy/length 8", "S5, 4×": "accuracy/length 32"},
             64,
         ),
         "MQAR": Training(
-            f"mqar(vocabulary=64, sizes=((16, 4), (32, 8), (64, 16)), {size})",
-            500,
-            {f"MQAR {pairs}": f"accuracy/length {4 * pairs}" for pairs in (4, 8, 16)},
+            f"mqar(vocabulary=32, sizes=((16, 2), (32, 4), (64, 8)), {size})",
+            400,
+            {f"MQAR {pairs}": f"accuracy/length {8 * pairs}" for pairs in (2, 4, 8)},
         ),
         "selective copying": Training(
             f"selective_copying(symbols=4, alphabet=8, places=20, {size})",
-            300,
+            200,
             {"selective copying": "accuracy"},
         ),
         "passkey": Training(
             f"passkey(digits=3, length=32, tested_lengths=(32, 128, 512), {size})",
-            250,
+            200,
             {
                 "passkey": "accuracy/length 32",
                 "passkey, 4×": "accuracy/length 128",
                 "passkey, 16×": "accuracy/length 512",
             },
         ),
-        "T1": Training(f"selectivbench(variant='T1', {grammar})", 150, {"T1": "accuracy"}),
+        "T1": Training(f"selectivbench(variant='T1', {grammar})", 100, {"T1": "accuracy"}),
         "T2": Training(
             f"selectivbench(variant='T2', gap=(1, 5), {grammar})",
-            150,
+            100,
             {"T2": "accuracy", "T4": f"{t4}: accuracy/gap 50"},
             also=(t4,),
         ),
-        "T3": Training(f"selectivbench(variant='T3', {grammar})", 150, {"T3": "accuracy"}),
+        "T3": Training(f"selectivbench(variant='T3', {grammar})", 100, {"T3": "accuracy"}),
         "text": Training(
-            "text(window=64, max_bytes=200000)", 250, {"bits per byte": "bits_per_byte"}, 16, (), 150_000, False
+            "text(window=64, max_bytes=200000)", 200, {"bits per byte": "bits_per_byte"}, 16, (), 150_000, False
         ),
     }
     chosen = found if names is None else {name: found[name] for name in names}
@@ -119,7 +120,7 @@ def _trainings(
 BUDGETS = {
     "smoke": Budget(("delta_net", "mamba2"), 16, 1, 2, 5e-3, _trainings(1, 4, names=("parity", "T2"), steps=2)),
     "cpu": Budget(
-        ("linear_attention", "gla", "mamba2", "min_gru", "delta_net", SIGNED[0], "attention"),
+        ("linear_attention", "gla", "mamba2", "delta_net", SIGNED[0], "attention"),
         64,
         2,
         3,
