@@ -76,7 +76,7 @@ def dft_matrix(
     return torch.cos(2 * math.pi * turns).unsqueeze(1).expand(-1, heads, -1, -1)
 
 
-def cauchy_matrix(queries: Parts, keys: Parts, offset: Float[Tensor, ""]) -> Matrix:
+def cauchy_matrix(queries: Parts, keys: Parts, offset: Float[Tensor, " 1"]) -> Matrix:
     """Σ_d 1 / (e^{q_td} + b + e^{k_ld} + b + ε)."""
     q, k = queries.exp() + offset, keys.exp() + offset
     return (1 / (q.transpose(1, 2).unsqueeze(3) + k.transpose(1, 2).unsqueeze(2) + EPS)).sum(-1)

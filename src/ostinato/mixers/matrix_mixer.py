@@ -98,7 +98,7 @@ class MatrixMixer(WholeMixer):
             self.learned["matrix"] = nn.Parameter(torch.empty(heads, self.max_len, self.max_len))
             nn.init.xavier_uniform_(self.learned["matrix"])
         if kind == "cauchy":
-            self.offset = nn.Parameter(torch.tensor(0.5))
+            self.offset = nn.Parameter(torch.full((1,), 0.5))
         if kind == "quasiseparable":
             self.log_rate, self.step_bias = nn.Parameter(torch.zeros(heads)), step_biases(heads)
             self.skip = nn.Parameter(torch.ones(heads))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
@@ -66,7 +66,9 @@ class WholeAttention(WholeMixer):
             else:
                 here = places(reset, x.shape[0], x.shape[1], x.device).unsqueeze(-1)
             queries, keys = (rotate_on_grid(part, here, self.base) for part in (queries, keys))
-        mask = None if reset is None else same_sequence(reset).unsqueeze(1)
-        heads_first = [part.transpose(1, 2) for part in (queries, keys, values)]
-        y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
-        return self.to_output(y.transpose(1, 2).flatten(-2))
+        # Written out: the fused function cannot be mapped over seeds (`torch.func.vmap`) without a loop.
+        scores = torch.einsum("bthd,bshd->bhts", queries, keys) * self.head_dim**-0.5
+        if reset is not None:
+            scores = scores.masked_fill(~same_sequence(reset).unsqueeze(1), torch.finfo(scores.dtype).min)
+        y = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values)
+        return self.to_output(y.flatten(-2))

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ostinato.tasks.base import _TEST, Batch, GeneratedTask, Metrics, Tally, as_batch, require
+from ostinato.tasks.base import _TEST, _TRAIN, Batch, GeneratedTask, Metrics, Tally, as_batch, require
 
 _PREFIX, _NEXT, _ASK, _FIRST = 1, 2, 3, 4
 Sizes = tuple[int, int]
@@ -38,6 +40,8 @@ class SetDisjointness(GeneratedTask):
     sizes: tuple[Sizes, ...] = ((2, 8), (8, 2), (4, 16), (16, 4), (2, 32), (32, 2))
     tested_sizes: tuple[Sizes, ...] = ((2, 32), (32, 2), (4, 48), (48, 4))
     readings: int = 1
+    mixed: bool = False
+    """Training batches hold all sizes, in equal shares, 0 before the shorter ones: they all have one shape."""
 
     def __post_init__(self) -> None:
         self.sizes, self.tested_sizes = _pairs(self.sizes), _pairs(self.tested_sizes)
@@ -86,6 +90,20 @@ class SetDisjointness(GeneratedTask):
         mask = np.zeros(inputs.shape, dtype=bool)
         mask[:, -1] = True
         return as_batch(inputs, targets, mask)
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        """Sequences of sizes drawn for the batch, or of all of them."""
+        if not self.mixed:
+            return super().train_batch(step, batch_size, seed)
+        rng = np.random.default_rng([_TRAIN, seed, step])
+        shares = np.diff(np.linspace(0, batch_size, len(self.sizes) + 1).round().astype(int))
+        parts = [self.generate(rng, rows, sizes=size) for rows, size in zip(shares, self.sizes, strict=True) if rows]
+        longest = 1 + self.readings * (max(first + second for first, second in self.sizes) + 2)
+        columns = zip(*((part.inputs, part.targets, part.mask) for part in parts), strict=True)
+        inputs, targets, mask = (
+            torch.cat([pad(piece, (longest - piece.shape[1], 0)) for piece in column]) for column in columns
+        )
+        return Batch(inputs, targets, mask)
 
     def test_batches(self) -> Iterator[Batch]:
         """`test_size` sequences of each pair of sizes, in batches of at most 64."""

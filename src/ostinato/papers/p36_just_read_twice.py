@@ -1,0 +1,390 @@
+"""36 Just read twice: what a recurrence recalls depends on the order it reads in, unless it reads twice or reads the
+prompt as a whole (arXiv 2407.05483).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean, stdev
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ostinato.mixers.attention import Attention
+from ostinato.mixers.prefix_linear_attention import PrefixLinearAttention
+from ostinato.models.jrt import PromptClassifier, fill_prefix
+from ostinato.models.token_classifier import TokenClassifier
+from ostinato.papers.runner import Claim, Measured, Run
+from ostinato.report import Series
+from ostinato.tasks.base import Batch, GeneratedTask, as_batch
+from ostinato.tasks.read_again import ReadAgain
+from ostinato.tasks.recall import MultiQueryRecall
+from ostinato.tasks.set_disjointness import SetDisjointness
+from ostinato.timing import time_together
+from ostinato.training.ensemble import fit_together
+from ostinato.training.evaluate import evaluate
+from ostinato.training.prefix_objective import mask_prefix, prefix_lm_loss
+
+claims = (
+    Claim(
+        "order",
+        "a causal recurrence does better when the shorter set comes first, by ≥ 0.15 at equal lengths",
+        theirs="figure 2 (no number)",
+    ),
+    Claim("whole", "reading the prompt as a whole halves that gap, and the longer set first rises", theirs="figure 2"),
+    Claim("twice", "so does reading it twice", theirs="+11.0 ± 1.3 points on six recall tasks (JRT-Prompt)"),
+    Claim("recall", "two readings of the pairs: recall ≥ 0.10 above one", theirs="+11.0 ± 1.3 points"),
+    Claim("state", "reading the prompt and stepping is the parallel form (1e-5 in float32)", theirs="definition"),
+    Claim(
+        "fill",
+        "a prompt shorter than the prefix: reading it again is best, then reading anew at each token, then padding",
+        theirs="82.0, 76.3, 61.9 (FDA cut at 512)",
+    ),
+    Claim(
+        "prefill",
+        "reads a prompt faster than attention does: JRT-RNN, and twice by the causal layer",
+        theirs="19.2 × and 11.9 × FlashAttention-2 (32k, batch 16, H100)",
+    ),
+)
+
+_LAYERS = "gated_convolution, prefix_linear_attention(heads=2, feature_dim={})"
+_ARMS = {
+    "causal": (_LAYERS.format(8), False, 1),
+    "whole prompt": (_LAYERS.format(8), True, 1),
+    "read twice": (_LAYERS.format(8), False, 2),
+    "softmax attention": ("gated_convolution, attention(heads=2, rope=False)", False, 1),
+}
+"""The layers, whether the prompt is a prefix, and the readings."""
+
+
+def experiment(run: Run) -> list[Measured]:
+    """Two sets in both orders, pairs read once and twice, short prompts, the time of a prompt."""
+    seeds = [run.seed + index for index in range(run.choose(smoke=2, cpu=3, gpu=3))]
+    steps = {
+        "sets": run.choose(smoke=1, cpu=0, gpu=6000),
+        "pairs": run.choose(smoke=1, cpu=1000, gpu=3000),
+        "records": run.choose(smoke=1, cpu=0, gpu=3000),
+    }
+    run.sizes |= {
+        "model": "2 × [gated convolution (3), linear attention with Taylor features of 8], d 48, 2 heads, no MLP",
+        "training": "AdamW 8e-4 (pairs and records 2e-3), warm-up, cosine to 0; batch 126 of all sizes; "
+        f"steps {steps} ({steps['sets'] * 126 / 120_000:.1f} epochs of 120,000 for sets)",
+        "seeds": len(seeds),
+    }
+    tests = run.choose(smoke=4, cpu=256, gpu=512)
+    sets = {
+        name: run.part(f"sets-{name}", _sets, *arm, steps["sets"], tests, seeds, run.say)
+        for name, arm in _ARMS.items()
+        if steps["sets"]
+    }
+    pairs = {
+        str(readings): run.part(f"pairs-{readings}", _pairs, readings, steps["pairs"], tests, seeds, run.say)
+        for readings in (1, 2)
+    }
+    gap = run.part("state", _state)
+    times = run.part("prefill", _times, run.choose(smoke=(64,), cpu=(1024, 4096), gpu=(2048, 8192, 32768)))
+    rows = [_pairs_row(pairs)]
+    if steps["sets"]:
+        _draw(run, sets)
+        rows += _set_rows(sets)
+        rows.append(_fill_row(run.part("records", _records, steps["records"], tests, seeds, run.say)))
+    else:
+        why = "trained in the gpu budget: too long for two cores"
+        rows += [Measured(key, "not measured", None, why) for key in ("order", "whole", "twice", "fill")]
+    rows.append(_times_row(times))
+    if run.budget == "smoke":
+        rows = [Measured(row.key, row.ours, None, "too small a budget to tell") for row in rows]
+    state = Measured(
+        "state", f"largest difference {gap:.1e}", gap <= 1e-5, "float32, 3 seeds, prompts of 40 of 64 tokens"
+    )
+    return [*rows, state]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.3f} ± {stdev(values):.3f}"
+
+
+def _fit(
+    build: Callable[[int], Any], task: Any, steps: int, seeds: list[int], rate: float, batch: int, say: Any
+) -> Any:
+    return fit_together(
+        build, task, seeds, steps=steps, batch_size=batch, learning_rate=rate, warmup=min(100, steps), say=say
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Two sets.
+
+
+def _sets(
+    plan: str, whole: bool, readings: int, steps: int, tests: int, seeds: list[int], say: Any
+) -> list[dict[str, float]]:
+    """Every seed's accuracy on each pair of sizes."""
+    task = SetDisjointness(readings=readings, mixed=True, test_size=tests)
+
+    def build(seed: int) -> PromptClassifier:
+        return PromptClassifier(task.vocab_size, 48, plan, 4, start=1, ask=3, whole=whole, channel_mixer=None)
+
+    ensemble = _fit(build, task, steps, seeds, 8e-4, 126, say)
+    found = [evaluate(model, task) for model in ensemble]
+    return [
+        {key.partition("/")[2]: value for key, value in each.items() if key.startswith("accuracy/")} for each in found
+    ]
+
+
+def _orders(each: dict[str, float]) -> tuple[float, float]:
+    """Accuracy with the shorter set first, and with the longer."""
+    sizes = {key: [int(part.split()[1]) for part in key.split(", ")] for key in each}
+    short = [each[key] for key, (first, second) in sizes.items() if first < second]
+    long = [each[key] for key, (first, second) in sizes.items() if first > second]
+    return mean(short), mean(long)
+
+
+def _set_rows(found: dict[str, list[dict[str, float]]]) -> list[Measured]:
+    orders = {name: [_orders(each) for each in arm] for name, arm in found.items()}
+    shown = {
+        name: f"{_spread([s for s, _ in each])} shorter first, {_spread([long for _, long in each])} longer first"
+        for name, each in orders.items()
+    }
+    gaps = {name: mean(short - long for short, long in each) for name, each in orders.items()}
+    longer = {name: mean(long for _, long in each) for name, each in orders.items()}
+    note = f"(2, 32), (4, 48) and back; softmax attention: {shown['softmax attention']}; chance 0.008"
+
+    def halves(key: str, name: str) -> Measured:
+        # Half of a gap that is not there says nothing.
+        known = gaps["causal"] >= 0.05
+        held = abs(gaps[name]) <= gaps["causal"] / 2 and longer[name] > longer["causal"]
+        return Measured(
+            key,
+            ours=f"gap {gaps[name]:.3f} against {gaps['causal']:.3f}; {shown[name]}",
+            holds=held if known else None,
+            note="" if known else "the causal arm shows no gap to halve",
+        )
+
+    first = Measured("order", f"gap {gaps['causal']:.3f}: {shown['causal']}", gaps["causal"] >= 0.15, note)
+    return [first, halves("whole", "whole prompt"), halves("twice", "read twice")]
+
+
+def _draw(run: Run, found: dict[str, list[dict[str, float]]]) -> None:
+    names = list(next(iter(found.values()))[0])
+    run.figure(
+        "Set disjointness by order: " + "; ".join(f"{index}: {name}" for index, name in enumerate(names)),
+        [
+            Series(arm, list(range(len(names))), [mean(each[name] for each in seeds) for name in names])
+            for arm, seeds in found.items()
+        ],
+        x_label="pair of sizes",
+        y_label="accuracy",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs.
+
+
+def _pairs(readings: int, steps: int, tests: int, seeds: list[int], say: Any) -> list[float]:
+    """Recall of 16 pairs by causal linear attention of few features."""
+    recall = MultiQueryRecall(vocabulary=128, length=64, pairs=16, random_filling=False, test_size=tests)
+    task = ReadAgain(recall, context=32, readings=readings)
+    plan = "gated_convolution, prefix_linear_attention(heads=2, feature_dim=3)"
+    ensemble = _fit(
+        lambda seed: TokenClassifier(task.vocab_size, 48, plan, 4, channel_mixer=None),
+        task,
+        steps,
+        seeds,
+        2e-3,
+        64,
+        say,
+    )
+    return [evaluate(model, task)["accuracy"] for model in ensemble]
+
+
+def _pairs_row(found: dict[str, list[float]]) -> Measured:
+    gain = mean(found["2"]) - mean(found["1"])
+    return Measured(
+        "recall",
+        ours=f"one reading {_spread(found['1'])}, two {_spread(found['2'])}",
+        holds=gain >= 0.10,
+        note="MQAR, 16 pairs, 13 features a head; chance 0.016",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# A prompt, its state, and its length.
+
+
+@torch.no_grad()
+def _state() -> float:
+    """The largest difference between the parallel form and prompt, then steps; in float32."""
+    worst = 0.0
+    for seed in range(3):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            mixer = PrefixLinearAttention(64, heads=4)
+            x = torch.randn(2, 64, 64)
+        prefix = (torch.arange(64) < 40).expand(2, -1)
+        whole, _ = mixer(x, prefix=prefix)
+        first, state = mixer(x[:, :40], prefix=prefix[:, :40])
+        pieces = [first]
+        for t in range(40, 64):
+            y, state = mixer.step(x[:, t], state)
+            pieces.append(y.unsqueeze(1))
+        worst = max(worst, float((torch.cat(pieces, 1) - whole).abs().max()))
+    return worst
+
+
+@dataclass(kw_only=True)
+class _Records(GeneratedTask):
+    """1, keys and values to the end of the prefix, 3, then keys asked again, each with its value: all predicted."""
+
+    name: ClassVar[str] = "records"
+
+    prefix: int = 64
+    asked: int = 8
+    symbols: int = 64
+
+    @property
+    def vocab_size(self) -> int:
+        return 4 + 2 * self.symbols
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.symbols
+
+    @property
+    def test_lengths(self) -> tuple[int, ...]:
+        return (self.prefix,)
+
+    def generate(self, rng: np.random.Generator, rows: int, length: int | None = None) -> Batch:
+        """Inputs with masks (2) in the prefix; targets are the tokens; the mask says where masks are."""
+        tokens = self.tokens(rng, rows, (self.prefix - 2) // 2)
+        read, masked = mask_prefix(
+            torch.from_numpy(tokens),
+            2 * ((self.prefix - 2) // 2) + 1,
+            2,
+            generator=torch.Generator().manual_seed(int(rng.integers(2**31))),
+        )
+        masked[:, 0] = False
+        read[:, 0] = 1
+        return as_batch(read.numpy(), tokens, masked.numpy())
+
+    def tokens(self, rng: np.random.Generator, rows: int, pairs: int) -> np.ndarray:
+        keys = 4 + rng.random((rows, self.symbols)).argsort(1)[:, :pairs]
+        values = 4 + self.symbols + rng.integers(0, self.symbols, (rows, pairs))
+        order = rng.random((rows, pairs)).argsort(1)[:, : self.asked]
+        told = np.stack([keys, values], 2).reshape(rows, -1)
+        again = np.stack([np.take_along_axis(part, order, 1) for part in (keys, values)], 2).reshape(rows, -1)
+        column = np.ones((rows, 1), dtype=np.int64)
+        return np.concatenate([column, told, 3 * column, again], axis=1)
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return prefix_lm_loss(logits, batch.targets, 2 * ((self.prefix - 2) // 2) + 1, batch.mask)
+
+
+def _records(steps: int, tests: int, seeds: list[int], say: Any) -> list[dict[str, float]]:
+    """Every seed's accuracy on the first value asked: prompts as long as the prefix, and of 8 pairs in each way."""
+    task = _Records(test_size=tests)
+
+    def build(seed: int) -> PromptClassifier:
+        plan = _LAYERS.format(8)
+        return PromptClassifier(task.vocab_size, 64, plan, 4, start=1, ask=3, whole=True, channel_mixer=None)
+
+    ensemble = _fit(build, task, steps, seeds, 2e-3, 64, say)
+    return [_short_prompts(model, task, tests) for model in ensemble]
+
+
+@torch.no_grad()
+def _short_prompts(model: Any, task: _Records, tests: int) -> dict[str, float]:
+    rng = np.random.default_rng([36, 1])
+    full, short = (torch.from_numpy(task.tokens(rng, tests, pairs)) for pairs in (31, 8))
+    device = next(model.parameters()).device
+
+    def right(tokens: torch.Tensor, prefix: torch.Tensor, keep: torch.Tensor | None, wanted: torch.Tensor) -> float:
+        context = {"prefix": prefix.to(device)} | ({} if keep is None else {"keep": keep.to(device)})
+        logits, _ = TokenClassifier.forward(model, tokens.to(device), **context)
+        return float((logits[:, -1].argmax(-1).cpu() == wanted).double().mean())
+
+    def told(tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+        return (torch.arange(tokens.shape[1]) < prompt).expand_as(tokens)
+
+    found = {"full length": right(full[:, :65], told(full[:, :65], 63), None, full[:, 65])}
+    prompt, rest, wanted = short[:, :17], short[:, 17:19], short[:, 19]
+    found["as it is"] = right(short[:, :19], told(short[:, :19], 17), None, wanted)
+    for mode in ("left_pad", "repeat"):
+        filled, keep = fill_prefix(prompt, 63, mode, pad=0)
+        tokens = torch.cat([filled, rest], 1)
+        kept = torch.cat([keep, torch.ones_like(rest, dtype=torch.bool)], 1)
+        found[mode] = right(tokens, told(tokens, 63) & kept, kept, wanted)
+        if mode == "left_pad":
+            found["padding written"] = right(tokens, told(tokens, 63), None, wanted)
+    found["anew"] = right(short[:, :19], told(short[:, :19], 19), None, wanted)
+    return found
+
+
+def _fill_row(found: list[dict[str, float]]) -> Measured:
+    means = {name: mean(each[name] for each in found) for name in found[0]}
+    return Measured(
+        "fill",
+        ours="; ".join(f"{name} {_spread([each[name] for each in found])}" for name in means),
+        holds=means["repeat"] > means["anew"] > means["padding written"],
+        note="8 of 31 pairs; padding is written in the source, and left out in ours (left_pad); chance 0.016",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Time.
+
+
+def _times(lengths: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """Milliseconds to read a prompt, by its length and the layer."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    width, heads, batch = (1024, 16, 2) if on_gpu else (256, 4, 1)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    linear = PrefixLinearAttention(width, heads).to(device, dtype)
+    softmax = Attention(width, heads, rope=False).to(device, dtype)
+    found: dict[str, dict[str, float]] = {}
+    for length in lengths:
+        x = torch.randn(batch, length, width, device=device, dtype=dtype)
+        calls: dict[str, Callable[[], Any]] = {
+            "causal": partial(_read, linear, x, None),
+            "read twice": partial(_read, linear, torch.cat([x, x], 1), None),
+            "whole": partial(_read, linear, x, torch.ones(batch, length, dtype=torch.bool, device=device)),
+            "attention": partial(_attend, softmax, x),
+        }
+        timed = time_together(calls, rounds=5, warm_up=1, budget=15, device=device)
+        found[str(length)] = {name: 1e3 * timing.median for name, timing in timed.items()}
+    return found
+
+
+@torch.no_grad()
+def _read(mixer: PrefixLinearAttention, x: torch.Tensor, prefix: torch.Tensor | None) -> None:
+    mixer(x, prefix=prefix)
+
+
+@torch.no_grad()
+def _attend(mixer: Attention, x: torch.Tensor) -> None:
+    """Fused causal attention: FlashAttention on the H100."""
+    maps = mixer.to_query, mixer.to_key, mixer.to_value
+    parts = [to(x).unflatten(-1, (mixer.heads, -1)).transpose(1, 2) for to in maps]
+    mixer.to_output(scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(-2))
+
+
+def _times_row(times: dict[str, dict[str, float]]) -> Measured:
+    longest = times[list(times)[-1]]
+    whole, twice = (longest["attention"] / longest[name] for name in ("whole", "read twice"))
+    return Measured(
+        "prefill",
+        ours=f"{whole:.2f} × and {twice:.2f} × at {list(times)[-1]} tokens",
+        holds=whole > 1 and twice > 1,
+        note="one layer, milliseconds: "
+        + "; ".join(
+            f"{length}: " + ", ".join(f"{name} {took:.1f}" for name, took in each.items())
+            for length, each in times.items()
+        )
+        + "; ours has no fused kernel that makes the features on the chip",
+    )
