@@ -1,11 +1,13 @@
 """Head-wise cells in Triton: one program walks through all of time with a head's recurrent weights on chip.
 
-A program has one head and a block of rows of the batch. Tiles are (dim, batch): the recurrent product
-R h is then a tensor-core product with the gates' rows as M and as few as 8 rows of the batch as N. The rows of
-all gates are cut into `PARTS`, one for each warp, as the batch axis of a batched product: every warp keeps its
-part of R in registers, and the state goes round through shared memory once a step. The backward walk does the
-same with Rᵀ, its inner axis cut into parts whose sums are added; its gates come from the pre-activations that
-the forward kernel left.
+A program has one head and a block of rows of the batch: the recurrent product R h is a tensor-core product with
+the gates' rows as M and as few as 4 rows of the batch as N. R is cut into `PARTS`, one for each warp, as the batch
+axis of a batched product; every warp keeps its part in registers. What a step reads is copied to shared memory in
+the background, some steps ahead.
+
+Forward, the rows of all gates are cut, and the state goes to all warps once a step. In the walk back the inner
+axis of Rᵀ is cut: a warp has all gradients of its own part of the head, and sums are exchanged once a step. The
+gates come from the pre-activations that the forward kernel left.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from ostinato.ops.kernels.triton.recurrent_scan_tiles import four, stack, sum_of
 
 @triton.jit
 def _load(pointer, mask, MASKED: tl.constexpr):
-    """Elements in float32; 0 outside of the mask."""
+    """Elements; 0 outside of the mask."""
     if MASKED:
         return tl.load(pointer, mask=mask, other=0.0)
     else:
@@ -49,7 +51,7 @@ def forward_kernel(
     reset,  # (batch, time) bool
     outputs,  # (batch, time, heads, DIM)
     last,  # as start
-    memory,  # (STATES − 1, batch, time + 1, heads, DIM) float32: what enters every step beside h, and the end
+    memory,  # (STATES − 1, batch, time, heads, DIM) float32: what enters every step beside h
     gates,  # (batch, time, GATES, heads, DIM) float32: pre-activations
     batch,
     time,

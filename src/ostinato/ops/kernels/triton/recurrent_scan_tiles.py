@@ -1,8 +1,8 @@
-"""Tiles of the head-wise kernels, (COLUMNS, E, PARTS), and how they become operands and results of products.
+"""Tiles of the head-wise kernels, and how they become operands and results of products.
 
-COLUMNS rows of the batch, and a head's outputs as PARTS times E: part p is what warp p computes. With the axes
-in this order, E contiguous in memory, the compiler gives part p to warp p, and a tile meets a product of its own
-part without an exchange between warps.
+The forward kernel's tiles are (D, COLUMNS): a head's outputs, for COLUMNS rows of the batch. The walk back has
+(COLUMNS, E, PARTS), the outputs as PARTS times E: with the axes in this order, E contiguous in memory, the compiler
+gives part p to warp p, and a tile becomes the operand of its own part without an exchange between warps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def four(gates, D: tl.constexpr, COLUMNS: tl.constexpr):
 def stack(
     first, second, third, fourth, GATES: tl.constexpr, COLUMNS: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr
 ):
-    """The inverse of `four`; of one gate, (PARTS, E, COLUMNS)."""
+    """Tiles (COLUMNS, E, PARTS) of gates as (PARTS, E · 4, COLUMNS), the gates of an output as neighbours.
+
+    Of one gate, (PARTS, E, COLUMNS).
+    """
     if GATES == 1:
         return tl.permute(first, (2, 1, 0))
     else:
