@@ -100,6 +100,21 @@ def test_keys_left_out(given: str) -> None:
     assert_same(found, with_gradients(formula, args), 1e-10)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_normalize(route: str) -> None:
+    """Queries and keys of any length, divided by it inside; keys of their own to read and to erase are left alone."""
+    q, k, v, beta, g, state, r, e = arguments(12, "scalar", 2, untied=True)
+    q, k = 3 * q, torch.rand(k.shape[:3], dtype=k.dtype).unsqueeze(-1) * k
+    with backend(route):
+        found = with_gradients(lambda *a: ours(*a, chunk_size=8, normalize=True), [q, k, v, beta, g, state, r, e])
+
+    def unit(x: Tensor) -> Tensor:
+        return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    wanted = with_gradients(lambda q, k, *a: formula(unit(q), unit(k), *a), [q, k, v, beta, g, state, r, e])
+    assert_same(found, wanted, 1e-10)
+
+
 def test_equal_keys_given_apart() -> None:
     """The two chunk forms meet where read, erase and write keys are equal."""
     q, k, v, beta, g, state, *_ = arguments(20, "scalar", 2)
