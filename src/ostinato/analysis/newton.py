@@ -18,6 +18,7 @@ from ostinato.errors import ConfigurationError
 from ostinato.ops.cells import GRU, Cell, Elman, ParaGRU, ParaLSTM, Weights
 from ostinato.ops.newton_scan import NewtonReport, newton_scan
 from ostinato.ops.recurrent_scan import recurrent_scan
+from ostinato.ops.routes import backend
 
 CELLS = ("para_gru", "para_lstm", "gru", "tanh")
 
@@ -95,7 +96,8 @@ def errors_by_iteration(
     cell, weights, inputs = problem.to(dtype)
     found = []
     for count in iterations:
-        outputs, _ = newton_scan(cell, weights, inputs, method=method, iterations=count, check=False, **options)
+        with backend(newton_scan="parallel"):  # Kernels return the solution, not the iterates.
+            outputs, _ = newton_scan(cell, weights, inputs, method=method, iterations=count, check=False, **options)
         found.append(float((outputs.double() - exact).abs().nan_to_num(torch.inf, torch.inf).amax()))
     return found
 
@@ -103,7 +105,8 @@ def errors_by_iteration(
 @torch.no_grad()
 def attempt(problem: Problem, *, method: str = "newton", max_iterations: int = 300, **options: Any) -> NewtonReport:
     """The report of a solve to the tolerance, converged or not. `options` are those of `newton_scan`."""
-    *_, report = newton_scan(
-        *problem, method=method, max_iterations=max_iterations, check=False, return_report=True, **options
-    )
+    with backend(newton_scan="parallel"):
+        *_, report = newton_scan(
+            *problem, method=method, max_iterations=max_iterations, check=False, return_report=True, **options
+        )
     return report

@@ -8,9 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-POLICY = tl.constexpr("")
-WRITE = tl.constexpr("")
-
 
 @triton.jit
 def times(xr, xi, yr, yi, COMPLEX: tl.constexpr, X_COMPLEX: tl.constexpr):
@@ -132,15 +129,15 @@ def load_tile(pointer, offsets, mask, COMPLEX: tl.constexpr, MASKED: tl.constexp
     if COMPLEX:
         pairs = pointer + 2 * offsets[:, :, None] + tl.arange(0, 2)[None, None, :]
         if MASKED:
-            x = tl.load(pairs, mask=mask[:, :, None], other=0.0, eviction_policy=POLICY)
+            x = tl.load(pairs, mask=mask[:, :, None], other=0.0)
         else:
-            x = tl.load(pairs, eviction_policy=POLICY)
+            x = tl.load(pairs)
         return tl.split(x)
     else:
         if MASKED:
-            x = tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=POLICY)
+            x = tl.load(pointer + offsets, mask=mask, other=0.0)
         else:
-            x = tl.load(pointer + offsets, eviction_policy=POLICY)
+            x = tl.load(pointer + offsets)
         x = x.to(tl.float32)
         return x, x
 
@@ -151,14 +148,14 @@ def store_tile(pointer, offsets, xr, xi, mask, COMPLEX: tl.constexpr, MASKED: tl
     if COMPLEX:
         pairs = pointer + 2 * offsets[:, :, None] + tl.arange(0, 2)[None, None, :]
         if MASKED:
-            tl.store(pairs, tl.join(xr, xi), mask=mask[:, :, None], cache_modifier=WRITE)
+            tl.store(pairs, tl.join(xr, xi), mask=mask[:, :, None])
         else:
-            tl.store(pairs, tl.join(xr, xi), cache_modifier=WRITE)
+            tl.store(pairs, tl.join(xr, xi))
     else:
         if MASKED:
-            tl.store(pointer + offsets, xr.to(pointer.dtype.element_ty), mask=mask, cache_modifier=WRITE)
+            tl.store(pointer + offsets, xr.to(pointer.dtype.element_ty), mask=mask)
         else:
-            tl.store(pointer + offsets, xr.to(pointer.dtype.element_ty), cache_modifier=WRITE)
+            tl.store(pointer + offsets, xr.to(pointer.dtype.element_ty))
 
 
 @triton.jit
