@@ -137,7 +137,7 @@ def test_compare_prints_baselines_and_goes_on_where_it_was(tmp_path: Path) -> No
     (spec,) = content["tasks"]
     assert spec == "parity(max_length=6, tested_lengths=(6, 9), test_size=8)"
     assert [row["plan"] for row in content["results"]] == ["min_gru", "min_gru(expand=2)"]
-    assert all(len(row["scores"][spec]["values"]) == 2 for row in content["results"])
+    assert all(len(row["scores"]["parity"]["values"]) == 2 for row in content["results"])
     assert "most frequent answer" in content["tasks"][spec]["baselines"] and len(content["cells"]) == 4
     page = (tmp_path / "out" / "index.html").read_text()
     assert "most frequent answer" in page and "min_gru(expand=2)" in page and "<strong>" in page

@@ -53,10 +53,10 @@ def results() -> dict[Cell, dict[str, Any]]:
 
 def test_means_spreads_and_the_best() -> None:
     board = read_board(results(), main_columns([PARITY, TEXT]))
-    gru = board.scores["gru"][PARITY]
+    gru = board.scores["gru"]["parity"]
     assert gru.mean == pytest.approx(0.95) and gru.spread == pytest.approx(math.sqrt(0.005))
     # lru is 0.01 below, within gru's own deviation of 0.07; gla is far off. Of bits, fewer are better.
-    assert board.best(PARITY) == ["gru", "lru"] and board.best(TEXT) == ["gla"]
+    assert board.best("parity") == ["gru", "lru"] and board.best("text") == ["gla"]
     assert board.costs["gla"] == {"width": 64, "parameters": 100, "state bytes": 8, "ms per step": 1.5, "seconds": 2}
     assert Board({"x": True}).best("x") == []
 
@@ -69,7 +69,7 @@ def test_scores_as_text() -> None:
 def test_the_table_ranks_and_marks() -> None:
     board = read_board(results(), main_columns([PARITY, TEXT]))
     headers, rows = table(board, strong=True)
-    assert headers == ["mixer", PARITY, TEXT, "parameters", "state bytes", "ms per step", "seconds"]
+    assert headers == ["mixer", "parity", "text", "parameters", "state bytes", "ms per step", "seconds"]
     cells = {row[0]: row for row in rows}
     assert next(iter(cells)) == "gru" and cells["lru"][2] == "failed"
     assert isinstance(cells["gla"][2], Strong) and not isinstance(cells["gla"][1], Strong)
@@ -100,3 +100,8 @@ def test_the_page(tmp_path: Path) -> None:
     assert "DivergenceError: &lt;too&gt; high" in page and "floor" in page
     assert page.count("<svg") == 4  # parity over length and steps, text over steps, cost
     assert (tmp_path / "figure-0-length.svg").read_text().startswith("<svg")
+
+
+def test_tasks_of_the_same_name_are_told_apart() -> None:
+    assert list(main_columns([PARITY, TEXT])) == ["parity", "text"]
+    assert list(main_columns([PARITY, "parity"])) == [PARITY, "parity"]

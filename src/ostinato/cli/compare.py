@@ -56,9 +56,9 @@ def compare(
 
       ostinato compare --preset linear --budget gpu --minutes 8
     """
-    import os
+    from ostinato.comparison.grid import available_cores
 
-    jobs = jobs if jobs is not None else (1 if device not in (None, "cpu") else os.cpu_count() or 1)
+    jobs = jobs if jobs is not None else 1 if device not in (None, "cpu") else available_cores()
     if preset is not None:
         from ostinato.cli.compare_linear import linear
 

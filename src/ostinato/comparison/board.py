@@ -103,9 +103,13 @@ def read_board(found: Mapping[Cell, dict[str, Any]], columns: Mapping[str, tuple
 
 
 def main_columns(tasks: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
-    """A column for each task: its own metric."""
+    """A column for each task: its own metric. It has the task's name, or the whole text where two have the same."""
     built = {spec: build_task(spec) for spec in tasks}
-    return {spec: (spec, task.metric, task.higher_is_better) for spec, task in built.items()}
+    names = [task.name for task in built.values()]
+    return {
+        task.name if names.count(task.name) == 1 else spec: (spec, task.metric, task.higher_is_better)
+        for spec, task in built.items()
+    }
 
 
 def table(board: Board, *, strong: bool = False) -> tuple[list[str], list[list[Any]]]:

@@ -7,11 +7,13 @@ message, and the others go on.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,16 @@ from ostinato.comparison.cells import Cell, Interrupted, failed, read_result, ru
 from ostinato.errors import ConfigurationError
 
 Told = Callable[[Cell, dict[str, Any]], None]
+
+
+def available_cores() -> int:
+    """The cores that this process may use: of those it is bound to, no more than its container is given."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return cores
 
 
 def run_cells(
@@ -102,7 +114,8 @@ class _Worker:
 
     def give(self, cell: Cell) -> None:
         self.cell = cell
-        self.line.send(cell)
+        with suppress(OSError):  # a process that is gone: waiting for its answer tells
+            self.line.send(cell)
 
     def end(self) -> None:
         self.process.terminate()
