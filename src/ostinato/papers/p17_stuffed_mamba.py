@@ -115,7 +115,7 @@ def _continued(model: Any, task: Any, steps: int, seed: int, run: Run) -> Any:
 def _stream(steps: int, seed: int, run: Run) -> dict[str, Any]:
     """One seed: trained, mended in every way, trained on. Of every arm [loss, accuracy] in each bin."""
     bins = _bins(run)
-    task = RecallStream(tested_lengths=(bins[-1],), test_size=run.choose(smoke=4, cpu=48, gpu=256))
+    task = RecallStream(tested_lengths=(bins[-1],), test_size=run.choose(smoke=4, cpu=32, gpu=256))
     batches = list(task.test_batches())
     (model,) = _trained(task, _build(run, task.vocab_size, _state_dim(run)), steps, [seed], run)
 
