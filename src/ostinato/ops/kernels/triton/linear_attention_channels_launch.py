@@ -37,11 +37,11 @@ stay within the types' range when exponentiated."""
 
 
 def plan_rows(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
-    """Steps in a chunk."""
+    """Steps in a chunk. Few in float32, whose products are unrolled: more take the compiler long, and spill."""
+    if dtype == torch.float32:
+        return 16
     large = power_of_two(max(key_dim, value_dim)) > 128
-    if dtype == torch.bfloat16:
-        return 32 if large else 64
-    return 16 if large else 32
+    return (32 if large else 64) if dtype == torch.bfloat16 else (16 if large else 32)
 
 
 def plan_by_key(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
