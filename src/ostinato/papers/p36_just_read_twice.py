@@ -65,7 +65,7 @@ def experiment(run: Run) -> list[Measured]:
     """Two sets in both orders, pairs read once and twice, short prompts, the time of a prompt."""
     seeds = [run.seed + index for index in range(run.choose(smoke=2, cpu=3, gpu=3))]
     steps = {
-        "sets": run.choose(smoke=1, cpu=0, gpu=6000),
+        "sets": run.choose(smoke=1, cpu=0, gpu=9000),
         "pairs": run.choose(smoke=1, cpu=1000, gpu=3000),
         "records": run.choose(smoke=1, cpu=0, gpu=3000),
     }

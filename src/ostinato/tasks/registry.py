@@ -24,6 +24,7 @@ _BUILT_IN = {
     "modular_arithmetic": "arithmetic:ModularArithmetic",
     "modular_arithmetic_brackets": "arithmetic:ModularArithmeticBrackets",
     "modular_counting": "arithmetic:ModularCounting",
+    "masked_text": "masked_text:MaskedText",
     "mqar": "recall:MultiQueryRecall",
     "multi_hop": "multi_hop:MultiHop",
     "needle": "needle:Needle",
