@@ -22,6 +22,7 @@ from ostinato.analysis.state_collapse import (
     loss_by_position,
     recall_threshold,
     retention_profile,
+    retrieval_error,
     state_size,
     state_statistics,
     watched_scans,
@@ -149,6 +150,7 @@ def _stream(steps: int, seed: int, run: Run) -> dict[str, Any]:
         "rms": [float(layer[memory[0].positions.index(64)]) for layer in size] + [float(layer[-1]) for layer in size],
         "retention": retention.tolist(),
         "difference": _difference(model, tokens[:2]),
+        "noise": _noise(model, tokens),
     }
     longer = RecallStream(length=run.choose(smoke=32, cpu=512, gpu=512), recent=12)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -159,6 +161,14 @@ def _stream(steps: int, seed: int, run: Run) -> dict[str, Any]:
     fit(model, passing, steps=_more(run), batch_size=16, progress=False, evaluate_every=0, **options)
     arms["state passing"] = tested(model)
     return outcome
+
+
+def _noise(model: Any, tokens: torch.Tensor, written: int = 9) -> list[float]:
+    """Per layer, the noise that an early token is read with, by its key, after 64 tokens and at the end."""
+    with watched_scans(model) as calls, torch.no_grad():
+        model(tokens)
+    noises = [retrieval_error(call.keys, call.values, call.log_decay, written)[1].mean(1) for call in calls]
+    return [float(noise[at]) for noise in noises for at in (63 - written, -1)]
 
 
 def _largest_norm(model: Any, tokens: torch.Tensor) -> float:
@@ -253,8 +263,11 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
         Measured(
             "continual",
             ours=f"{_list(far['continual'])} far, {_list(near['continual'])} within",
-            holds=all(b <= 2 * a for a, b in zip(near["continual"], far["continual"], strict=True)) if judge else None,
-            note=f"asked: at most twice the loss within; with the state passed over 8 windows of 64 instead: "
+            holds=all(b <= 2 * a for a, b in zip(near["continual"], far["continual"], strict=True))
+            and mean(far["continual"]) < mean(far[plain])
+            if judge
+            else None,
+            note="asked: at most twice the loss within, less than as trained; with the state passed over 8 windows instead: "
             f"{_list(far['state passing'])} far, {_list(near['state passing'])} within",
         ),
     ]
@@ -266,7 +279,7 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
             "retention",
             ours=f"the largest of 12 heads: {_list(kept)}",
             holds=any(value > 0.997 for value in kept) if judge else None,
-            note="α from token 1 to 64; the stream collapses without such heads",
+            note="α from token 1 to 64, mean over the test streams",
         ),
         Measured(
             "statistics",
@@ -274,6 +287,8 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
             holds=None,
             note="RMS of the two layers' memories at 64 tokens and at the end: "
             + "; ".join(", ".join(f"{value:.3f}" for value in values) for values in rms)
+            + "; noise on reading token 9 by its key, likewise: "
+            + "; ".join(", ".join(f"{value:.2g}" for value in one["noise"]) for one in found)
             + "; the explosion of large models is not to be expected at this size, so there is no mark",
         ),
     ]
