@@ -77,12 +77,12 @@ def experiment(run: Run) -> list[Measured]:
     }
     tests = run.choose(smoke=4, cpu=256, gpu=512)
     sets = {
-        name: run.part(f"sets-{name}", _sets, *arm, steps["sets"], tests, seeds, run.say)
+        name: run.part(f"sets-{name}", _sets, *arm, steps["sets"], tests, seeds, run)
         for name, arm in _ARMS.items()
         if steps["sets"]
     }
     pairs = {
-        str(readings): run.part(f"pairs-{readings}", _pairs, readings, steps["pairs"], tests, seeds, run.say)
+        str(readings): run.part(f"pairs-{readings}", _pairs, readings, steps["pairs"], tests, seeds, run)
         for readings in (1, 2)
     }
     gap = run.part("state", _state)
@@ -91,7 +91,7 @@ def experiment(run: Run) -> list[Measured]:
     if steps["sets"]:
         _draw(run, sets)
         rows += _set_rows(sets)
-        rows.append(_fill_row(run.part("records", _records, steps["records"], tests, seeds, run.say)))
+        rows.append(_fill_row(run.part("records", _records, steps["records"], tests, seeds, run)))
     else:
         why = "trained in the gpu budget: too long for two cores"
         rows += [Measured(key, "not measured", None, why) for key in ("order", "whole", "twice", "fill")]
@@ -109,10 +109,10 @@ def _spread(values: list[float]) -> str:
 
 
 def _fit(
-    build: Callable[[int], Any], task: Any, steps: int, seeds: list[int], rate: float, batch: int, say: Any
+    build: Callable[[int], Any], task: Any, steps: int, seeds: list[int], rate: float, batch: int, run: Run
 ) -> Any:
     return fit_together(
-        build, task, seeds, steps=steps, batch_size=batch, learning_rate=rate, warmup=min(100, steps), say=say
+        build, task, seeds, steps=steps, batch_size=batch, learning_rate=rate, warmup=min(100, steps), say=run.say
     )
 
 
@@ -121,7 +121,7 @@ def _fit(
 
 
 def _sets(
-    plan: str, whole: bool, readings: int, steps: int, tests: int, seeds: list[int], say: Any
+    plan: str, whole: bool, readings: int, steps: int, tests: int, seeds: list[int], run: Run
 ) -> list[dict[str, float]]:
     """Every seed's accuracy on each pair of sizes."""
     task = SetDisjointness(readings=readings, mixed=True, test_size=tests)
@@ -129,7 +129,7 @@ def _sets(
     def build(seed: int) -> PromptClassifier:
         return PromptClassifier(task.vocab_size, 48, plan, 4, start=1, ask=3, whole=whole, channel_mixer=None)
 
-    ensemble = _fit(build, task, steps, seeds, 8e-4, 126, say)
+    ensemble = _fit(build, task, steps, seeds, 8e-4, 126, run)
     found = [evaluate(model, task) for model in ensemble]
     return [
         {key.partition("/")[2]: value for key, value in each.items() if key.startswith("accuracy/")} for each in found
@@ -186,7 +186,7 @@ def _draw(run: Run, found: dict[str, list[dict[str, float]]]) -> None:
 # Pairs.
 
 
-def _pairs(readings: int, steps: int, tests: int, seeds: list[int], say: Any) -> list[float]:
+def _pairs(readings: int, steps: int, tests: int, seeds: list[int], run: Run) -> list[float]:
     """Recall of 16 pairs by causal linear attention of few features."""
     recall = MultiQueryRecall(vocabulary=128, length=64, pairs=16, random_filling=False, test_size=tests)
     task = ReadAgain(recall, context=32, readings=readings)
@@ -198,7 +198,7 @@ def _pairs(readings: int, steps: int, tests: int, seeds: list[int], say: Any) ->
         seeds,
         2e-3,
         64,
-        say,
+        run,
     )
     return [evaluate(model, task)["accuracy"] for model in ensemble]
 
@@ -285,7 +285,7 @@ class _Records(GeneratedTask):
         return prefix_lm_loss(logits, batch.targets, 2 * ((self.prefix - 2) // 2) + 1, batch.mask)
 
 
-def _records(steps: int, tests: int, seeds: list[int], say: Any) -> list[dict[str, float]]:
+def _records(steps: int, tests: int, seeds: list[int], run: Run) -> list[dict[str, float]]:
     """Every seed's accuracy on the first value asked: prompts as long as the prefix, and of 8 pairs in each way."""
     task = _Records(test_size=tests)
 
@@ -293,7 +293,7 @@ def _records(steps: int, tests: int, seeds: list[int], say: Any) -> list[dict[st
         plan = _LAYERS.format(8)
         return PromptClassifier(task.vocab_size, 64, plan, 4, start=1, ask=3, whole=True, channel_mixer=None)
 
-    ensemble = _fit(build, task, steps, seeds, 2e-3, 64, say)
+    ensemble = _fit(build, task, steps, seeds, 2e-3, 64, run)
     return [_short_prompts(model, task, tests) for model in ensemble]
 
 

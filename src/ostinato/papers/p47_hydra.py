@@ -76,7 +76,7 @@ def experiment(run: Run) -> list[Measured]:
         f"{kind}, {word}": _class_plan(kind, word == "by tokens") for kind in kinds for word in ("by tokens", "learned")
     }
     widths = {name: _width(plan, sizes, target) for name, plan in arms.items()}
-    found = {name: run.part(name, _train, plan, widths[name], sizes, seeds, run.say) for name, plan in arms.items()}
+    found = {name: run.part(name, _train, plan, widths[name], sizes, seeds, run) for name, plan in arms.items()}
     floors = run.part("floors", MaskedText(window=sizes["window"], test_size=sizes["tested"]).baselines)
     run.sizes |= sizes | {
         "seeds": len(seeds),
@@ -114,7 +114,7 @@ def _width(plan: str, sizes: dict[str, int], target: int) -> int:
     return min(range(first - 12, first + 73, 12), key=lambda width: abs(_count(plan, sizes, width) - target))
 
 
-def _train(plan: str, width: int, sizes: dict[str, int], seeds: list[int], say: Any) -> list[float]:
+def _train(plan: str, width: int, sizes: dict[str, int], seeds: list[int], run: Run) -> list[float]:
     """The loss in nats on masked bytes of held-out text, for every seed."""
     task = MaskedText(window=sizes["window"], test_size=sizes["tested"])
     ensemble = fit_together(
@@ -126,7 +126,7 @@ def _train(plan: str, width: int, sizes: dict[str, int], seeds: list[int], say: 
         learning_rate=1e-3,
         weight_decay=0.1,
         warmup=min(50, sizes["steps"]),
-        say=say,
+        say=run.say,
     )
     return [evaluate(model, task)["loss"] for model in ensemble]
 

@@ -73,7 +73,7 @@ def _arms() -> dict[str, tuple[dict[str, Any], bool]]:
 
 
 _SHORT = ("LightNet, no places", "LightNet, both", "linear attention, both", "GLA, 4 scans")
-"""What two cores have the time for."""
+"""What fits the other budgets."""
 
 
 def experiment(run: Run) -> list[Measured]:
@@ -103,9 +103,9 @@ def experiment(run: Run) -> list[Measured]:
         )
     ]
     found = {
-        name: run.part(f"digits-{name}", _digits, options, placed, steps, seeds, tested, run.say)
+        name: run.part(f"digits-{name}", _digits, options, placed, steps, seeds, tested, run)
         for name, (options, placed) in _arms().items()
-        if run.budget != "cpu" or name in _SHORT
+        if run.budget == "gpu" or name in _SHORT
     }
     rows += _digit_rows(run, found)
     times = run.part("timing", _times, sides)
@@ -113,7 +113,7 @@ def experiment(run: Run) -> list[Measured]:
     if run.budget == "cpu":
         return [*rows, Measured("causal", "not measured", None, "the gpu budget trains language models")]
     text = {
-        name: run.part(f"text-{name}", _text, plan, text_steps, seeds, run.say)
+        name: run.part(f"text-{name}", _text, plan, text_steps, seeds, run)
         for name, plan in {
             "LightNet": "lightnet(heads=2)",
             "LightNet, no places": "lightnet(heads=2, position=none)",
@@ -156,7 +156,7 @@ def _equations() -> dict[str, float]:
     }
 
 
-def _digits(options: dict[str, Any], placed: bool, steps: int, seeds: list[int], tested: int, say: Any) -> list[float]:
+def _digits(options: dict[str, Any], placed: bool, steps: int, seeds: list[int], tested: int, run: Run) -> list[float]:
     """Test accuracy of every seed."""
     task = ShiftedDigits(test_size=tested)
     layer = Layer(options["name"], {key: value for key, value in options.items() if key != "name"})
@@ -166,7 +166,7 @@ def _digits(options: dict[str, Any], placed: bool, steps: int, seeds: list[int],
         return GridClassifier(1, 10, 64, Plan((layer,)), 2, positions=tpe)
 
     ensemble = fit_together(
-        build, task, seeds, steps=steps, batch_size=64, learning_rate=2e-3, warmup=min(50, steps), say=say
+        build, task, seeds, steps=steps, batch_size=64, learning_rate=2e-3, warmup=min(50, steps), say=run.say
     )
     return [evaluate(model, task)["accuracy"] for model in ensemble]
 
@@ -255,7 +255,7 @@ def _latency_row(times: dict[str, dict[str, float]]) -> Measured:
     )
 
 
-def _text(plan: str, steps: int, seeds: list[int], say: Any) -> list[float]:
+def _text(plan: str, steps: int, seeds: list[int], run: Run) -> list[float]:
     """Nats per byte of held-out text, for every seed."""
     task = Text(window=128, carry=False)
     ensemble = fit_together(
@@ -267,6 +267,6 @@ def _text(plan: str, steps: int, seeds: list[int], say: Any) -> list[float]:
         learning_rate=2e-3,
         weight_decay=0.1,
         warmup=min(50, steps),
-        say=say,
+        say=run.say,
     )
     return [evaluate(model, task, batches=None if steps > 10 else 1)["loss"] for model in ensemble]
