@@ -8,6 +8,7 @@ import torch
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.centred_convolution import CentredConvolution
 from ostinato.mixers.hydra import JOINS, Hydra
+from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.quasiseparable import Direction, quasiseparable, quasiseparable_matrix, two_scans
 from ostinato.testing.whole import check_whole_mixer
 
@@ -69,6 +70,23 @@ def test_unit_vectors_through_the_scans_give_the_matrix() -> None:
 @pytest.mark.parametrize("join", JOINS)
 def test_every_join_keeps_what_it_states(join: str) -> None:
     assert check_whole_mixer(Hydra(16, heads=2, state_dim=4, join=join), length=9).ok
+
+
+def test_learned_starts_stand_before_every_sequence() -> None:
+    mixer = Hydra(16, heads=2, state_dim=4, learned_starts=True).double()
+    assert mixer.starts is not None
+    torch.nn.init.normal_(mixer.starts)
+    assert check_whole_mixer(mixer, length=9).ok
+    past = _direction(5, 4)._replace(start=torch.randn(3, 4, 2, dtype=torch.float64))
+    values = torch.randn(2, 5, 3, 2, dtype=torch.float64)
+    assert past.log_decay is not None and past.steps is not None and past.start is not None
+    written = values * past.steps.unsqueeze(-1)
+    start = past.start.expand(2, -1, -1, -1)
+    wanted, _ = linear_attention(past.queries, past.keys, written, past.log_decay, start)
+    turned = Direction(past.queries.flip(1), past.keys.flip(1), past.log_decay.flip(1), past.steps.flip(1), past.start)
+    forward, _ = two_scans(values, past, turned)
+    _, backward = two_scans(values.flip(1), turned, turned)
+    assert torch.allclose(forward, wanted, atol=1e-12) and torch.allclose(backward.flip(1), wanted, atol=1e-12)
 
 
 def test_add_counts_the_diagonal_in_both_scans() -> None:

@@ -31,7 +31,8 @@ def materialize(
     batch, time = x.shape[:2]
     units = torch.eye(time, dtype=x.dtype, device=x.device).view(1, time, 1, time)
     if isinstance(mixer, Hydra) and mixer.join == "quasiseparable":
-        _, _, past, future, diagonal = mixer.parameters_of_matrix(x)
+        _, _, *directions, diagonal = mixer.parameters_of_matrix(x)
+        past, future = (one._replace(start=None) for one in directions)
         return quasiseparable(units.expand(batch, -1, mixer.heads, -1), past, future, diagonal).transpose(1, 2)
     if isinstance(mixer, MatrixMixer):
         _, _, parts = mixer._made(x, None)

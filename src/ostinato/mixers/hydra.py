@@ -34,6 +34,7 @@ class Hydra(WholeMixer):
         groups: how many B and C there are to a direction; must divide heads.
         expand: inner width over d_model.
         conv: taps of the convolution, odd.
+        learned_starts: what each direction's memory holds at the beginning of a sequence is learned, not zero.
         join: "quasiseparable", or what it is compared with, each of the scans keeping its diagonal: "add" (the sum of
             both, the diagonal counted twice), "multiply" (their product), "concatenate" (side by side before W_o).
         eps: of the norm, which is over all channels.
@@ -46,7 +47,7 @@ class Hydra(WholeMixer):
         state="none: heads × state_dim × head_dim in each direction while it runs",
         paper="Hydra (arXiv 2407.09941)",
     )
-    no_weight_decay = frozenset({"log_rate", "step_bias", "skip"})
+    no_weight_decay = frozenset({"log_rate", "step_bias", "skip", "starts"})
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Hydra(WholeMixer):
         groups: int = 1,
         expand: int = 2,
         conv: int = 7,
+        learned_starts: bool = False,
         join: str = "quasiseparable",
         eps: float = 1e-5,
     ) -> None:
@@ -74,6 +76,8 @@ class Hydra(WholeMixer):
         self.convolution = CentredConvolution(sum(self.inner_widths), conv)
         self.log_rate = nn.Parameter(torch.zeros(heads))
         self.step_bias = step_biases(heads)
+        shape = (2, heads, state_dim, inner // heads)
+        self.starts = nn.Parameter(torch.zeros(shape)) if learned_starts else None
         self.to_diagonal = nn.Linear(inner, heads, bias=False)
         self.skip = nn.Parameter(torch.ones(heads))
         parts = 2 if join == "concatenate" else 1
@@ -90,12 +94,16 @@ class Hydra(WholeMixer):
         keys_past, queries_past, keys_future, queries_future = (self._per_head(part) for part in matrices)
         steps = [softplus_steps(part, self.step_bias) for part in raw]
         decays = [-widened(self.log_rate).exp() * part for part in steps]
-        past = Direction(queries_past, keys_past, decays[0], steps[0])
-        future = Direction(queries_future, keys_future, decays[1], steps[1])
+        starts = (None, None) if self.starts is None else self.starts.unbind(0)
+        past = Direction(queries_past, keys_past, decays[0], steps[0], starts[0])
+        future = Direction(queries_future, keys_future, decays[1], steps[1], starts[1])
         return gate, x.unflatten(-1, (self.heads, -1)), past, future, self.to_diagonal(x) + self.skip
 
     def matrix(self, u: Tensor) -> Tensor:
-        """The mixing matrices of a "quasiseparable" join, (batch, heads, time, time), from their definition."""
+        """The mixing matrices of a "quasiseparable" join, (batch, heads, time, time), from their definition.
+
+        Learned starts are not in them: they add to y what does not depend on x.
+        """
         _, _, past, future, diagonal = self.parameters_of_matrix(u)
         return quasiseparable_matrix(past, future, diagonal)
 

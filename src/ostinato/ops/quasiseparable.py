@@ -18,7 +18,7 @@ from torch import Tensor
 from ostinato.errors import ShapeError
 from ostinato.ops.checks import check_reset, check_sequence, check_shape
 from ostinato.ops.linear_attention import linear_attention
-from ostinato.ops.sequences import reversed_reset
+from ostinato.ops.sequences import places, reversed_reset
 
 
 class Direction(NamedTuple):
@@ -32,6 +32,8 @@ class Direction(NamedTuple):
     """log A ≤ 0."""
     steps: Float[Tensor, "batch time heads"] | None = None
     """Δ, a factor on what is written; None for 1."""
+    start: Float[Tensor, "heads state dim"] | None = None
+    """What the memory holds where a sequence begins (for the future: behind its end); None for nothing."""
 
 
 def two_scans(
@@ -61,7 +63,38 @@ def two_scans(
         reset=None if reset is None else torch.cat([reset, reversed_reset(reset)]),
     )
     forward, backward = outputs.chunk(2)
-    return forward, backward.flip(1)
+    backward = backward.flip(1)
+    if past.start is not None:
+        forward = forward + _read_start(past, reset)
+    if future.start is not None:
+        turned = None if reset is None else reversed_reset(reset)
+        backward = backward + _read_start(_turned(future), turned).flip(1)
+    return forward, backward
+
+
+def _turned(one: Direction) -> Direction:
+    """The direction in time reversed."""
+    return Direction(
+        one.queries.flip(1),
+        one.keys.flip(1),
+        None if one.log_decay is None else one.log_decay.flip(1),
+        None if one.steps is None else one.steps.flip(1),
+        one.start,
+    )
+
+
+def _read_start(one: Direction, reset: Tensor | None) -> Tensor:
+    """c_tᵀ A_t ⋯ A_1 S_0, the product from the beginning of t's own sequence."""
+    read = torch.einsum("bthn,hnd->bthd", one.queries, one.start)
+    if one.log_decay is None:
+        return read
+    total = one.log_decay.cumsum(1)
+    if reset is not None:
+        batch, time = reset.shape
+        first = torch.arange(time, device=reset.device) - places(reset, batch, time, reset.device)
+        before = F.pad(total, (0, 0, 1, 0))[:, :-1]
+        total = total - before.gather(1, first.unsqueeze(-1).expand_as(total))
+    return read * total.exp().unsqueeze(-1)
 
 
 def quasiseparable(
@@ -105,13 +138,7 @@ def quasiseparable_matrix(
 ) -> Float[Tensor, "batch heads time time"]:
     """The matrix itself, entry by entry from its definition: O(T²) memory, for tests and for looking at."""
     lower = _semiseparable(past)
-    turned = Direction(
-        future.queries.flip(1),
-        future.keys.flip(1),
-        None if future.log_decay is None else future.log_decay.flip(1),
-        None if future.steps is None else future.steps.flip(1),
-    )
-    upper = _semiseparable(turned).flip(-1, -2)
+    upper = _semiseparable(_turned(future)).flip(-1, -2)
     time = diagonal.shape[1]
     # Row i reads with the query of step i − 1, the last step that its scan had seen (i + 1, coming from behind).
     strict_lower = F.pad(lower[..., :-1, :], (0, 0, 1, 0)).tril(-1)
