@@ -267,7 +267,7 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
             and mean(far["continual"]) < mean(far[plain])
             if judge
             else None,
-            note="asked: at most twice the loss within, less than as trained; with the state passed over 8 windows instead: "
+            note="asked: at most twice the loss within, less than as trained; with state passing over 8 windows: "
             f"{_list(far['state passing'])} far, {_list(near['state passing'])} within",
         ),
     ]
