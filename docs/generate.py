@@ -139,6 +139,21 @@ def linear_family() -> str:
     done, total = content["finished"]
     where = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
     parts.append(f"Budget {content['budget']}: {sizes}; {done} of {total} runs; {where}.\n")
+    failures = [
+        [f"`{row['plan']}`", column, message]
+        for row in content["rows"]
+        for column, score in row["scores"].items()
+        for message in dict.fromkeys(score["failed"])
+    ]
+    failures += [
+        [f"`{row['plan']}`", f"speed, {k}", v["failed"]]
+        for row in content["rows"]
+        for k, v in row["speed"].items()
+        if "failed" in v
+    ]
+    failures += [[f"`{key}`", "left out", message] for key, message in content["left_out"].items()]
+    if failures:
+        parts.append("\nWhat failed:\n\n" + table(["mixer", "where", "message"], failures))
     for name, load in content["speed_loads"].items():
         kind = "two threads of the processor" if name == "cpu" else "GPU"
         half = ", bfloat16" if load["half"] else ""

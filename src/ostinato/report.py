@@ -249,9 +249,18 @@ def _span(values: Sequence[float], margin: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, logarithmic: bool) -> list[tuple[float, str]]:
-    """Round numbers inside the span: powers of ten on a logarithmic axis that spans at least one."""
+    """Round numbers inside the span: powers of ten on a logarithmic axis that spans at least one.
+
+    Where these are fewer than three, their double and fivefold too.
+    """
     if logarithmic and high - low >= 1:
-        return [(float(p), f"{10.0**p:,g}") for p in range(math.ceil(low), math.floor(high) + 1)]
+        powers = range(math.floor(low), math.floor(high) + 1)
+        for factors in ((1,), (1, 2, 5)):
+            values = [factor * 10.0**power for power in powers for factor in factors]
+            inside = [value for value in values if low - 1e-9 <= math.log10(value) <= high + 1e-9]
+            if len(inside) > 2:
+                break
+        return [(math.log10(value), f"{value:,g}") for value in inside]
     raw = (high - low) / 5
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)

@@ -94,11 +94,13 @@ def test_the_page_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(catalogue, "results_folder", lambda: tmp_path)
     assert "has been committed yet" in generate["linear_family"]()
     budget = budget_of("smoke")
-    cells, without = cells_of(budget, ["delta_net(negative_eigenvalues=True)"])
+    plans = ["delta_net(negative_eigenvalues=True)", "gla(heads=3)"]
+    cells, without = cells_of(budget, plans)
     found = run_cells(cells, tmp_path)
-    content = content_of("smoke", ["delta_net(negative_eigenvalues=True)"], cells, found, {}, without)
+    content = content_of("smoke", plans, cells, found, {}, without)
     (tmp_path / "linear_family.json").write_text(json.dumps(content))
     page = generate["linear_family"]()
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `delta_net(")]
     assert len(rows) == 1 and rows[0][1:4] == ["rank-1", "input", "yes"] and rows[0][4].startswith("**")
-    assert "8 of 8" not in page and "4 of 4 runs" in page and "most frequent answer" in page
+    assert "| `gla(heads=3)` | parity | ConfigurationError: " in page
+    assert "8 of 8 runs" in page and "most frequent answer" in page

@@ -188,7 +188,10 @@ def _show(
     }
     write_json(folder / "result.json", content)
     subtitle = "the same depth, batches, steps and learning rate for all"
-    write_page(folder, f"{', '.join(specs)}: {len(plans)} mixers", subtitle, board, found, columns, baselines, facts)
+    title = (
+        f"{', '.join(columns)}: {len(plans)} mixers" if len(specs) < 4 else f"{len(plans)} mixers on {len(specs)} tasks"
+    )
+    write_page(folder, title, subtitle, board, found, columns, baselines, facts)
     if json:
         return print_json(content)
     headers, rows = table(board)

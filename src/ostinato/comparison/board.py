@@ -57,7 +57,7 @@ class Board:
     """`width`, `parameters`, `state bytes`, `ms per step`, `seconds` of each plan, means over its cells."""
 
     def best(self, column: str) -> list[str]:
-        """The plan with the best mean of a column, and those within its standard deviation of it."""
+        """The plan with the best mean of a column, and those within its standard deviation of it; none if all are."""
         found = {plan: row[column] for plan, row in self.scores.items() if column in row and row[column].values}
         if not found:
             return []
@@ -65,7 +65,8 @@ class Board:
         first = max(found, key=lambda plan: sign * found[plan].mean)
         spread = found[first].spread
         margin = 0.0 if math.isnan(spread) else spread
-        return [plan for plan, score in found.items() if sign * (found[first].mean - score.mean) <= margin]
+        best = [plan for plan, score in found.items() if sign * (found[first].mean - score.mean) <= margin]
+        return best if len(best) < len(found) or len(found) == 1 else []
 
 
 def read_board(found: Mapping[Cell, dict[str, Any]], columns: Mapping[str, tuple[str, str, bool]]) -> Board:
@@ -199,8 +200,8 @@ def write_page(
     if failures:
         page.heading("What failed")
         page.table(["mixer", "task", "seed", "message"], failures)
-    for index, task in enumerate(dict.fromkeys(spec for spec, _, _ in columns.values())):
-        _task_part(page, folder, index, task, board, found, columns, baselines.get(task, {}))
+    for index, (name, (task, _, _)) in enumerate(columns.items()):
+        _task_part(page, folder, index, name, task, found, baselines.get(task, {}))
     _cost_part(page, folder, board)
     page.heading("How it was had")
     page.table(["what", "value"], [[key, str(value)] for key, value in facts.items()])
@@ -215,15 +216,16 @@ def _task_part(
     page: Page,
     folder: Path,
     index: int,
+    name: str,
     task: str,
-    board: Board,
     found: Mapping[Cell, dict[str, Any]],
-    columns: Mapping[str, tuple[str, str, bool]],
     baselines: Mapping[str, float],
 ) -> None:
     """The curves of a task, and its baselines."""
     metric = build_task(task).metric.replace("_", " ")
-    page.heading(task)
+    page.heading(name)
+    if name != task:
+        page.text(task)
     if baselines:
         page.table(["baseline", metric], [[name, value] for name, value in baselines.items()])
     lengths, steps = length_curves(found, task), training_curves(found, task)
