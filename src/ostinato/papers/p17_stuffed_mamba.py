@@ -262,7 +262,8 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
         ),
         Measured(
             "continual",
-            ours=f"{_list(far['continual'])} far, {_list(near['continual'])} within",
+            ours=f"{_list(far['continual'])} far, {_list(near['continual'])} within (rise removed: "
+            f"{removed('continual'):.0%})",
             holds=all(b <= 2 * a for a, b in zip(near["continual"], far["continual"], strict=True))
             and mean(far["continual"]) < mean(far[plain])
             if judge
