@@ -76,6 +76,14 @@ def test_the_table_from_its_cells(tmp_path: Path) -> None:
     assert best == {(0, column) for column in range(1, 5)}
 
 
+def test_baselines_are_in_the_measure_of_the_columns() -> None:
+    content = content_of("smoke", ["gla"], [], {}, {}, {})
+    parity = content["trainings"][0]
+    # Scaled accuracy, the task's own metric, would be near zero.
+    assert parity["chance"] == 0.5 and 0.5 <= parity["baselines"]["most frequent answer"] < 0.8
+    assert build_task(parity["task"]).metric == "scaled_accuracy"
+
+
 def test_rows_without_results() -> None:
     content = content_of("smoke", ["gla"], cells_of(budget_of("smoke"), ["gla"])[0], {}, {}, {})
     assert rows_of(content)[1] == [["gla", "–", "–", "–", "–", "–"]]
