@@ -126,10 +126,15 @@ class MatrixMixer(WholeMixer):
         active = mixed if self.kind in _PLAIN else [F.silu(part) for part in mixed]
         parts |= dict(zip(("queries", "keys"), active, strict=False))
         if not self.data_dependent:
-            here = self._places(u, reset)
-            if u.shape[1] > self.max_len:
-                raise ConfigurationError(f"this matrix was learned for {self.max_len} places, got {u.shape[1]}")
-            parts = {name: self.learned[f"{name}_at"][here] for name in names}
+            batch, time = u.shape[:2]
+            if time > self.max_len:
+                raise ConfigurationError(f"this matrix was learned for {self.max_len} places, got {time}")
+            tables = {name: self.learned[f"{name}_at"] for name in names}
+            if reset is None:  # every row has the same: a slice, whose gradient is a plain sum
+                parts = {name: at[:time].expand(batch, -1, -1) for name, at in tables.items()}
+            else:
+                here = self._places(u, reset)
+                parts = {name: at[here] for name, at in tables.items()}
         split = {name: part.unflatten(-1, (self.heads, -1)) for name, part in parts.items()}
         shaped = {name: part if name in ("queries", "keys") else part.squeeze(-1) for name, part in split.items()}
         return gate, F.silu(values).unflatten(-1, (self.heads, -1)), shaped
