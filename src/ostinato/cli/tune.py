@@ -10,7 +10,7 @@ import typer
 from ostinato.cli.console import err, out, print_table
 from ostinato.errors import BackendError, UnknownNameError
 
-ENGINES = ("linear_attention", "linear_attention_vector", "delta_rule", "exponential_attention", "diagonal_scan")
+ENGINES = ("linear_attention", "linear_attention_vector", "delta_rule", "diagonal_scan")
 
 
 def tune(
@@ -76,6 +76,7 @@ def _call(name: str, batch: int, time: int, heads: int, dim: int, dtype: Any) ->
     wide = torch.float32
     q, k, v = (leaf(batch, time, heads, dim) for _ in range(3))
     gate = F.logsigmoid(torch.randn(batch, time, heads, device="cuda") + 3).requires_grad_()
+    function: Any
     arguments: tuple[Any, ...]
     if name == "diagonal_scan":
         shape = (batch, time, heads * dim)
@@ -87,8 +88,6 @@ def _call(name: str, batch: int, time: int, heads: int, dim: int, dtype: Any) ->
         k = F.normalize(k.detach().float(), dim=-1).to(dtype).requires_grad_()
         beta = torch.rand(batch, time, heads, device="cuda").requires_grad_()
         function, arguments = ops.delta_rule, (q, k, v, beta, gate)
-    elif name == "exponential_attention":
-        function, arguments = ops.exponential_attention, (q, k, v, leaf(batch, time, heads, kind=wide), gate)
     else:
         decay = gate
         if name.endswith("vector"):

@@ -103,4 +103,5 @@ class CapturedStep:
 
     @state.setter
     def state(self, state: State) -> None:
+        """Go on from another state of the same shapes; it is copied."""
         ostinato.state.map(lambda held, new: held.copy_(new), self._state, state)

@@ -89,3 +89,16 @@ def chunk_sums(
 def last_of(steps, ROWS: tl.constexpr):
     """The last entry of a vector over the steps of a chunk."""
     return tl.sum(tl.where(tl.arange(0, ROWS) == ROWS - 1, steps, tl.zeros_like(steps)), axis=0)
+
+
+@triton.jit
+def operand(of, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """`of` as a factor of a product, in the type WIDE.
+
+    Where that is float32 multiplied as tf32, it is rounded to tf32's digits: the tensor cores would cut it.
+    """
+    if PRECISION == "tf32" and WIDE == tl.float32:  # noqa: SIM300 (a constant of the launch)
+        bits = of.to(tl.float32).to(tl.uint32, bitcast=True)
+        return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    else:
+        return of.to(WIDE)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ostinato.ops.checks import HALF
 from ostinato.ops.kernels.triton import delta_rule_launch as launches
 from ostinato.ops.kernels.triton.launch import without_second_derivative
+from ostinato.ops.kernels.triton.tuned import tuned
 
 LARGEST = 256
 """Of a head's key and value dimensions."""
@@ -58,7 +59,9 @@ def declines(queries: Tensor, *_: object) -> str | None:
 
 
 def _plan(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor | None) -> launches.Plan:
-    return launches.plan(queries, keys, values, channels=_by_channel(log_decay))
+    channels = _by_channel(log_decay)
+    plan = launches.plan(queries, keys, values, channels=channels)
+    return tuned("delta_rule", plan, queries.dtype, queries.shape[-1], values.shape[-1], channels)
 
 
 def _by_channel(log_decay: Tensor | None) -> bool:

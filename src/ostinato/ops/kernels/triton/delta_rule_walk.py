@@ -39,6 +39,7 @@ def load_state(pointer, index, key, value, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def store_state(pointer, index, key, value, state, K: tl.constexpr, V: tl.constexpr):
+    """The inverse of `load_state`; rounds to the type of `pointer`."""
     inside = (key < K)[:, None] & (value < V)[None, :]
     place = pointer + index * (K * V) + key[:, None] * V + value[None, :]
     tl.store(place, state.to(pointer.dtype.element_ty), mask=inside)

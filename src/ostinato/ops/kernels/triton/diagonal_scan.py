@@ -21,6 +21,7 @@ from torch import Tensor
 from ostinato.ops.kernels.triton import diagonal_scan_kernels as kernels
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import INTERPRETED, card, power_of_two, without_second_derivative
+from ostinato.ops.kernels.triton.tuned import tuned
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 # Segments shorter than this cost more in their second reading than they fill.
@@ -232,6 +233,7 @@ def _between(products: Tensor, ends: Tensor, start: Tensor | None) -> Tensor:
 def _scan(a: _Transition, b: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, time, channels = b.shape
     shape = plan(batch, time, channels, b.element_size(), _along_time(b), 2, b.device)
+    shape = tuned("diagonal_scan", shape, b.dtype, shape.block_t, shape.block_c)
     entering = state
     if shape.segments > 1:
         products, ends = _launch_forward(a, b, None, reset, shape, True)
@@ -362,6 +364,7 @@ def backward(
     entering = grad_last.to(kept).reshape(batch, 1, -1).contiguous().resolve_conj()
     a = _transition(transition, shape)
     launch = plan(batch, time, channels, h.element_size(), _along_time(h), 3, h.device)
+    launch = tuned("diagonal_scan_backward", launch, h.dtype, launch.block_t, launch.block_c)
     if launch.segments > 1:
         nothing = torch.zeros_like(entering).expand(batch, launch.segments, channels).contiguous()
         # The last segment's own end: nothing enters it while totals are taken.

@@ -10,8 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ostinato.errors import BackendError
+
+
+def _plainly(arguments: tuple[Any, ...]) -> bool:
+    """Whether nothing is being traced: neither by torch.compile nor, later, in a backward pass that it compiles."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return all(type(argument) in (Tensor, nn.Parameter) for argument in arguments if isinstance(argument, Tensor))
 
 
 class _Once(torch.autograd.Function):
@@ -32,7 +41,7 @@ class _Once(torch.autograd.Function):
 
 def call_once(operator: Any, *arguments: Any) -> Any:
     """What `operator`, a backward pass made by `torch.library.custom_op`, returns."""
-    return operator(*arguments) if torch.compiler.is_compiling() else _Once.apply(operator, *arguments)
+    return _Once.apply(operator, *arguments) if _plainly(arguments) else operator(*arguments)
 
 
 def eagerly(operator: Any, setup: Callable[..., None], pull_back: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +59,6 @@ def eagerly(operator: Any, setup: Callable[..., None], pull_back: Callable[..., 
             return pull_back(ctx, *grads)
 
     def call(*arguments: Any) -> Any:
-        return operator(*arguments) if torch.compiler.is_compiling() else Eager.apply(*arguments)
+        return Eager.apply(*arguments) if _plainly(arguments) else operator(*arguments)
 
     return call

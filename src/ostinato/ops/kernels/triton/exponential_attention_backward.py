@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ostinato.ops.kernels.triton.chunk_parts import operand
 from ostinato.ops.kernels.triton.exponential_attention_gates import SIZES
 from ostinato.ops.kernels.triton.exponential_attention_memory import (
     chunk_weights,
@@ -78,7 +79,7 @@ def _by_scores(
     weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
     weights *= tl.load(inverse + at)[:, None]
     by_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION) - tl.load(delta + at)[:, None]
-    return g, v, (by_scores * weights).to(WIDE)
+    return g, v, operand(by_scores * weights, WIDE, PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -121,7 +122,9 @@ def chunk_gradients_kernel(
             k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
             q = load_tile(queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
             n = tl.load(sums + of_chunk + channel, mask=channel < KEYS, other=0.0)
-            by_queries = tl.dot(g.to(WIDE), tl.trans(c), input_precision=PRECISION) * seen[:, None]
+            by_queries = (
+                tl.dot(g.to(WIDE), tl.trans(operand(c, WIDE, PRECISION)), input_precision=PRECISION) * seen[:, None]
+            )
             by_queries += seen_sum[:, None] * n[None, :]
             into += tl.sum(q.to(tl.float32) * by_queries, axis=1)
             by_queries = tl.dot(by_scores, k.to(WIDE), acc=by_queries, input_precision=PRECISION)
@@ -146,7 +149,8 @@ def chunk_gradients_kernel(
             rn = tl.load(rising_sums + of_chunk + channel, mask=channel < KEYS, other=0.0)
             over += tl.sum(c.to(tl.float32) * r.to(tl.float32)) + tl.sum(n * rn)
             scores = tl.dot(q, tl.trans(k), acc=scores, input_precision=PRECISION)
-            by_keys = (tl.dot(v.to(WIDE), tl.trans(r), input_precision=PRECISION) + rn[None, :]) * kept[:, None]
+            by_keys = tl.dot(v.to(WIDE), tl.trans(operand(r, WIDE, PRECISION)), input_precision=PRECISION)
+            by_keys = (by_keys + rn[None, :]) * kept[:, None]
             out += tl.sum(k.to(tl.float32) * by_keys, axis=1)
             by_keys = tl.dot(tl.trans(by_scores), q.to(WIDE), acc=by_keys, input_precision=PRECISION)
             store_tile(grad_keys, by_keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
@@ -165,11 +169,11 @@ def chunk_gradients_kernel(
             k = load_tile(keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
             r = load_tile(rising, row, chunk, key, 0, BLOCK_KEYS, BLOCK_VALUES)
             scores = tl.dot(q, tl.trans(k), acc=scores, input_precision=PRECISION)
-            by_values = tl.dot(k.to(WIDE), r, acc=by_values, input_precision=PRECISION)
+            by_values = tl.dot(k.to(WIDE), operand(r, WIDE, PRECISION), acc=by_values, input_precision=PRECISION)
         g = load_tile(grads, batch, head, token, 0, LENGTH, BLOCK_VALUES)
         weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
         weights *= tl.load(inverse + at)[:, None]
         by_values *= tl.load(leave + at)[:, None]
-        rounded = tl.trans((scores * weights).to(WIDE))
+        rounded = tl.trans(operand(scores * weights, WIDE, PRECISION))
         by_values = tl.dot(rounded, g.to(WIDE), acc=by_values, input_precision=PRECISION)
         store_tile(grad_values, by_values, batch, head, token, 0, LENGTH, BLOCK_VALUES)

@@ -76,6 +76,7 @@ class Call(NamedTuple):
 
 
 def call(queries: Tensor, values: Tensor) -> Call:
+    """What all launches for these arguments share."""
     batch, time, heads, keys = queries.shape
     exact = queries.dtype == torch.float32
     length = 32 if exact else 64

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ostinato.ops.kernels.triton.chunk_parts import operand
 from ostinato.ops.kernels.triton.exponential_attention_gates import SIZES
 
 
@@ -133,7 +134,7 @@ def states_kernel(
         scale = tl.load(gate + tokens + token + place)
         sum_scale = tl.load(sum_gate + tokens + token + place)
         kept = tl.load(carried + row * chunks + chunk)
-        scaled = (b.to(tl.float32) * scale[:, None]).to(WIDE)
+        scaled = operand(b.to(tl.float32) * scale[:, None], WIDE, PRECISION)
         state = tl.dot(tl.trans(a.to(WIDE)), scaled, acc=state * kept, input_precision=PRECISION)
         total = total * kept + tl.sum(a.to(tl.float32) * sum_scale[:, None], axis=0)
         product *= kept
@@ -250,8 +251,8 @@ def outputs_kernel(
         kept = tl.load(leave + at + place)
         through = tl.load(carried + row * chunks + chunk)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * weights
-        read = tl.dot(q.to(WIDE), state.to(WIDE), input_precision=PRECISION) * grown[:, None]
-        numerator = tl.dot(scores.to(WIDE), v.to(WIDE), acc=read, input_precision=PRECISION)
+        read = tl.dot(q.to(WIDE), operand(state, WIDE, PRECISION), input_precision=PRECISION) * grown[:, None]
+        numerator = tl.dot(operand(scores, WIDE, PRECISION), v.to(WIDE), acc=read, input_precision=PRECISION)
         denominator = tl.sum(scores, axis=1) + grown * tl.sum(q.to(tl.float32) * total[None, :], axis=1)
         # All is multiplied by exp(min(m, 0)), so that nothing overflows for m ≪ 0.
         now = tl.load(maximum + at + place).to(tl.float32)
@@ -266,7 +267,7 @@ def outputs_kernel(
             signed = tl.where(denominator > 0, share, tl.where(denominator < 0, -share, 0.0))
             tl.store(inverse + at + place, factor)
             tl.store(side + at + place, signed)
-        scaled = (v.to(tl.float32) * kept[:, None]).to(WIDE)
+        scaled = operand(v.to(tl.float32) * kept[:, None], WIDE, PRECISION)
         state = tl.dot(tl.trans(k.to(WIDE)), scaled, acc=state * through, input_precision=PRECISION)
         total = total * through + tl.sum(k.to(tl.float32) * kept[:, None], axis=0)
     if part == segments - 1:

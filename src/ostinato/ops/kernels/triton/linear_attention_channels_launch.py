@@ -30,6 +30,7 @@ from ostinato.ops.kernels.triton.linear_attention_heads import (
     state_like,
     undescribed,
 )
+from ostinato.ops.kernels.triton.tuned import tuned
 
 MILD = 112.0
 """What a channel may forget in a chunk, as a logarithm to base 2, and be computed without halving: half of it is to
@@ -128,7 +129,9 @@ class Walks(NamedTuple):
         options: dict[str, Any] | None = None,
     ) -> Tensor:
         """Outputs, or nothing with `kept`."""
-        sizes = plan_by_key(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
+        dims = written.shape[-1], values.shape[-1]
+        sizes = tuned("linear_attention by key", plan_by_key(values.dtype, *dims), values.dtype, *dims)
+        sizes = sizes._replace(**(options or {}))
         outputs = values.new_empty((0,) if kept is not None else values.shape)
         none = outputs
 
@@ -185,7 +188,9 @@ class Walks(NamedTuple):
         options: dict[str, Any] | None = None,
     ) -> Tensor:
         """Outputs. Forwards fills `products` and `last`; backwards reads `products` and `flow`, fills `gradient`."""
-        sizes = plan_by_value(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
+        dims = written.shape[-1], values.shape[-1]
+        sizes = tuned("linear_attention by value", plan_by_value(values.dtype, *dims), values.dtype, *dims)
+        sizes = sizes._replace(**(options or {}))
         outputs = torch.empty_like(values, memory_format=torch.contiguous_format)
         into = products if gradient is None else gradient
 

@@ -18,6 +18,7 @@ from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.kernels.triton import chunk_parts
 from ostinato.ops.kernels.triton import linear_attention_walk as kernels
 from ostinato.ops.kernels.triton.launch import card, dot_precision, fitting, power_of_two
+from ostinato.ops.kernels.triton.tuned import tuned
 
 SHORTEST_SEGMENT = 8
 """Chunks: a segment has at least as many, so that the passes over its edges cost little beside it."""
@@ -95,6 +96,7 @@ def describable(tensor: Tensor) -> bool:
 
 
 def described(tensor: Tensor, columns: int, *, rows: int) -> TensorDescriptor:
+    """A sequence as the copy engine sees it: tiles of so many steps and columns of one head."""
     batch, time, heads, dim = tensor.shape
     return TensorDescriptor(tensor, [batch, time, heads * dim], [*tensor.stride()[:2], 1], [1, rows, columns])
 
@@ -138,7 +140,9 @@ class Walk(NamedTuple):
         `strides` are those of a state's key and value channels in memory, in the roles of this walk.
         """
         roles = (readers, written, values, strides, initial, last, kept, beside)
-        sizes = plan(values.dtype, written.shape[-1], values.shape[-1])._replace(**(options or {}))
+        dims = written.shape[-1], values.shape[-1]
+        sizes = tuned("linear_attention", plan(values.dtype, *dims), values.dtype, *dims, self.reverse)
+        sizes = sizes._replace(**(options or {}))
         key = ("linear_attention", sizes, values.dtype, self.rows, written.shape[-1], self.reverse, beside is None)
         return fitting(key, partial(self._launch, *roles), sizes.smaller())
 
