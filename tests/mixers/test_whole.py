@@ -24,7 +24,7 @@ def test_every_whole_mixer_keeps_what_it_states(name: str) -> None:
     cls = registry.mixer_class(name)
     mixer = registry.mixer(name, 16)
     assert isinstance(mixer, WholeMixer) and not mixer.causal and cls.traits.paper and cls.__doc__
-    report = check_whole_mixer(mixer, length=13, dtypes=(torch.float64, torch.float32, torch.bfloat16), name=name)
+    report = check_whole_mixer(mixer, length=13, dtypes=(torch.float64, torch.float32), name=name)
     assert report.ok and len(report.rows) > 10
 
 
