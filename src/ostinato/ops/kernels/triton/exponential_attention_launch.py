@@ -96,10 +96,12 @@ def call(queries: Tensor, values: Tensor) -> Call:
 
 
 def block(size: int, most: int) -> int:
+    """Channels of a tile: a power of two from 16 to `most`."""
     return min(max(16, power_of_two(size)), most)
 
 
 def outputs_walk(call: Call) -> Walk:
+    """How the walk that makes the outputs is cut."""
     keys = block(call.keys, WIDEST)
     values = block(call.values, 32 if call.exact else 64)
     warps = 8 if keys * values > 8192 else 4

@@ -102,6 +102,7 @@ def described(tensor: Tensor, columns: int, *, rows: int) -> TensorDescriptor:
 
 
 def undescribed(tensor: Tensor, columns: int) -> Tensor:
+    """The sequence itself, read by pointers: in the place of `described`."""
     return tensor
 
 
