@@ -67,19 +67,37 @@ def results() -> str:
 
 
 def benchmarks() -> str:
-    """The measured speeds that are committed."""
+    """The measured speeds that are committed, machine by machine."""
     parts = []
     for path in sorted((catalogue.results_folder() / "benchmarks").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(f"### {path.stem}\n\n")
-        for name, rows in content.items():
-            if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-                headers = list(rows[0])
-                cells = [[str(row.get(header, "")) for header in headers] for row in rows]
-                parts.append(f"#### {name}\n\n" + table(headers, cells) + "\n")
-            elif isinstance(rows, dict):
-                parts.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in rows.items()) + "\n\n")
+        where = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+        parts.append(f"### On a {path.stem.upper()}\n\n{content['date']}: {where}. {content.get('conditions', '')}\n\n")
+        for name, rows in {**content.get("figures", {}), **content}.items():
+            if not (isinstance(rows, list) and rows):
+                continue
+            rows = [line for row in rows for line in _sides(row)]
+            headers = list(dict.fromkeys(header for row in rows for header in row))
+            cells = [[_cell(row.get(header, "")) for header in headers] for row in rows]
+            parts.append(f"#### {name}\n\n" + table(headers, cells) + "\n")
     return "".join(parts) or "No benchmark has been committed yet.\n"
+
+
+def _sides(row: dict) -> list[dict]:
+    """A row for each side of a comparison on a GPU, ours with the floor; other rows as they are, without quartiles."""
+    if "sides" not in row:
+        return [{key: value for key, value in row.items() if not key.startswith("quartiles")}]
+    call = {"call": f"{row['call']}, {row['shape']}"}
+    lines = []
+    for name, side in row["sides"].items():
+        beside = {"fraction of the floor": row["fraction of the floor"]} if name == "ours" else {}
+        lines.append({**call, "side": name, **side, **beside})
+    return lines
+
+
+def _cell(value: object) -> str:
+    """A figure; forward, and forward with backward, beside each other."""
+    return " / ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def catalogue_page() -> str:
