@@ -10,7 +10,6 @@ from torch import Tensor
 import ostinato
 from ostinato.errors import BackendError
 from ostinato.ops import delta_rule
-from ostinato.ops.kernels.triton import delta_rule_launch
 from ostinato.ops.kernels.triton.launch import INTERPRETED
 
 FLOAT32 = 1e-5
@@ -156,7 +155,7 @@ def test_head_dimensions(device: torch.device, dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_segments(device: torch.device, decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One head alone is walked in segments, whose entering states are found by the maps of the earlier ones."""
-    monkeypatch.setattr(delta_rule_launch, "SEGMENTED", True)
+    monkeypatch.setattr("ostinato.ops.kernels.triton.delta_rule_launch.SEGMENTED", True)
     time = 300 if INTERPRETED else 65_536
     arguments = problem(device, time, decay, sizes=(1, 1, 16, 16))
     q, k, v = arguments[:3]
