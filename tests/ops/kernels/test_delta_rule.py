@@ -155,7 +155,9 @@ def test_head_dimensions(device: torch.device, dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_segments(device: torch.device, decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One head alone is walked in segments, whose entering states are found by the maps of the earlier ones."""
-    monkeypatch.setattr("ostinato.ops.kernels.triton.delta_rule_launch.SEGMENTED", True)
+    from ostinato.ops.kernels.triton import delta_rule_launch
+
+    monkeypatch.setattr(delta_rule_launch, "SEGMENTED", True)
     time = 300 if INTERPRETED else 65_536
     arguments = problem(device, time, decay, sizes=(1, 1, 16, 16))
     q, k, v = arguments[:3]
