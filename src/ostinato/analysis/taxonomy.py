@@ -79,7 +79,7 @@ def measure_transition(layer: Mixer, *, probes: int = 24, seed: int = 0) -> Tran
     names = [
         path
         for path, leaf in ostinato.state.leaves(start)
-        if leaf.is_floating_point() and path.rpartition(".")[2] not in _NOT_MEMORY
+        if leaf.is_floating_point() and _NOT_MEMORY.isdisjoint(path.split("."))
     ]
     sizes = {path: leaf.shape[1:] for path, leaf in ostinato.state.leaves(start) if path in names}
     if any(0 in shape for shape in sizes.values()):
@@ -115,6 +115,8 @@ def _columns(
         path = next(paths)
         if path in parts:
             return parts[path].reshape(leaf.shape).clone()
+        if not leaf.is_floating_point():
+            return leaf
         return leaf.clamp(min=0)  # a normaliser of nothing, log 0, would say that the memory is empty
 
     _, after = layer.step(x.expand(2 * rows, -1), ostinato.state.map(fill, start))

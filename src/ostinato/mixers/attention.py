@@ -87,18 +87,30 @@ class Attention(Mixer):
 
     def mix(self, x: Tensor, state: AttentionCache, reset: Tensor | None) -> tuple[Tensor, AttentionCache]:
         """Projections, positions, attention."""
-        queries = self.to_query(x).unflatten(-1, (self.heads, self.head_dim))
-        keys = self.to_key(x).unflatten(-1, (self.key_value_heads, self.head_dim))
-        values = self.to_value(x).unflatten(-1, (self.key_value_heads, self.head_dim))
+        outputs, state = self.look(*self.project(x), state, reset)
+        return self.to_output(outputs.flatten(-2)), state
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head, (batch, time, heads, head_dim), not normed and not rotated."""
+        return (
+            self.to_query(x).unflatten(-1, (self.heads, self.head_dim)),
+            self.to_key(x).unflatten(-1, (self.key_value_heads, self.head_dim)),
+            self.to_value(x).unflatten(-1, (self.key_value_heads, self.head_dim)),
+        )
+
+    def look(
+        self, queries: Tensor, keys: Tensor, values: Tensor, state: AttentionCache, reset: Tensor | None
+    ) -> tuple[Tensor, AttentionCache]:
+        """Norms, positions, attention: what every head reads from the cache, (batch, time, heads, head_dim)."""
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        here, following = positions(state.position, x.shape[1], reset)
+        here, following = positions(state.position, queries.shape[1], reset)
         if self.rope:
             turned = rotate(torch.cat([queries, keys], dim=2), here, self.base)
             queries, keys = turned.split([self.heads, self.key_value_heads], dim=2)
         cache = AttentionState(state.keys, state.values, state.valid)
         outputs, cache = attention(queries, keys, values, cache, window=self.window, reset=reset)
-        return self.to_output(outputs.flatten(-2)), AttentionCache(*cache, following)
+        return outputs, AttentionCache(*cache, following)
 
     def check_state(self, state: State, batch_size: int) -> None:
         """As any mixer's, but the cache may have any length where there is no window."""

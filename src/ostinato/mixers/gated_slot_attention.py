@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
@@ -24,6 +24,26 @@ class SlotState(NamedTuple):
     keys: Float[Tensor, "batch heads slots key_dim"]
     values: Float[Tensor, "batch heads slots value_dim"]
     window: Float[Tensor, "batch taps channels"] | None
+
+
+def slot_attention(
+    queries: Float[Tensor, "batch time heads key_dim"],
+    keys: Float[Tensor, "batch time heads key_dim"],
+    values: Float[Tensor, "batch time heads value_dim"],
+    log_decay: Float[Tensor, "batch time heads slots"],
+    memory: tuple[Float[Tensor, "batch heads slots key_dim"], Float[Tensor, "batch heads slots value_dim"]],
+    reset: Bool[Tensor, "batch time"] | None,
+) -> tuple[Float[Tensor, "batch time heads value_dim"], tuple[Tensor, Tensor]]:
+    """K_t = diag(α_t) K_{t−1} + (1 − α_t) k_tᵀ, V_t likewise with v_t, o_t = V_tᵀ softmax(K_t q_t); o and (K, V).
+
+    Computed in the type of the decays, float32 for half precision; the outputs have the type of the values.
+    """
+    decay, write = log_decay.exp().unsqueeze(-1), -torch.expm1(log_decay).unsqueeze(-1)
+    slot_keys, last_keys = diagonal_scan(decay, write * widened(keys).unsqueeze(3), memory[0], reset=reset)
+    slot_values, last_values = diagonal_scan(decay, write * widened(values).unsqueeze(3), memory[1], reset=reset)
+    attended = (slot_keys @ widened(queries).unsqueeze(-1)).squeeze(-1).softmax(-1)
+    outputs = (attended.unsqueeze(-2) @ slot_values).squeeze(-2)
+    return outputs.to(values.dtype), (last_keys, last_values)
 
 
 class GatedSlotAttention(KeyValueMixer):
@@ -81,12 +101,9 @@ class GatedSlotAttention(KeyValueMixer):
         log_decay = F.logsigmoid(widened(self.to_decay(x))).unflatten(-1, (self.heads, -1)) / self.temperature
         log_decay = cleared(log_decay, padding(lengths, x.shape[1]))
         # In padding the decay is 1, and what is written 1 − 1.
-        decay, write = log_decay.exp().unsqueeze(-1), -torch.expm1(log_decay).unsqueeze(-1)
-        slot_keys, last_keys = diagonal_scan(decay, write * widened(keys).unsqueeze(3), state.keys, reset=reset)
-        slot_values, last_values = diagonal_scan(decay, write * widened(values).unsqueeze(3), state.values, reset=reset)
-        attended = (slot_keys @ widened(queries).unsqueeze(-1)).squeeze(-1).softmax(-1)
-        outputs = (attended.unsqueeze(-2) @ slot_values).squeeze(-2)
-        return outputs.to(values.dtype), SlotState(last_keys, last_values, window)
+        memory = (state.keys, state.values)
+        outputs, (last_keys, last_values) = slot_attention(queries, keys, values, log_decay, memory, reset)
+        return outputs, SlotState(last_keys, last_values, window)
 
     def read_out(self, outputs: Tensor, x: Tensor) -> Tensor:
         """W_o RMSNorm(silu(o))."""

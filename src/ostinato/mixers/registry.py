@@ -22,6 +22,7 @@ _BUILT_IN = {
     "gru": "gru:GRU",
     "hgrn2": "hgrn2:HGRN2",
     "kimi_delta_attention": "kimi_delta_attention:KimiDeltaAttention",
+    "liger": "liger:Liger",
     "lightnet": "lightnet:LightNet",
     "linear_attention": "linear_attention:LinearAttention",
     "lru": "lru:LRU",
