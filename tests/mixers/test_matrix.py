@@ -172,6 +172,27 @@ def test_gla(floor: float | None) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["head", "fixed", "off"])
+def test_gla_with_one_decay_for_all_channels(kind: str) -> None:
+    mixer, x = built("gla", decay=kind), sequence()
+    q, k, v = (split(part(x)) for part in (mixer.project.to_queries, mixer.project.to_keys, mixer.project.to_values))
+    if kind == "head":
+        decay = torch.sigmoid(mixer.to_decay(x)) ** (1 / 16)
+    else:
+        value = [1 - 2.0 ** (-5 - head) if kind == "fixed" else 1.0 for head in range(HEADS)]
+        decay = torch.tensor(value, dtype=x.dtype).expand(BATCH, TIME, HEADS)
+    assert decay.shape == (BATCH, TIME, HEADS)
+    outputs = additive(q / math.sqrt(2), k, v, decay.unsqueeze(-1).expand(k.shape))
+    normed = rms(outputs, mixer.norm.norm.weight) * F.silu(split(mixer.to_gate(x)))
+    assert_exact(mixer(x)[0], mixer.to_output(normed.flatten(-2)))
+
+
+def test_gla_refuses_a_decay_it_does_not_know() -> None:
+    with pytest.raises(ConfigurationError, match="decay must be one of channel, head, fixed, off"):
+        ostinato.mixer("gla", D_MODEL, decay="sometimes")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("bound", [0.0, 0.7])
 def test_hgrn2(bound: float) -> None:
     mixer, x = built("hgrn2", lower_bound=bound), sequence()
@@ -402,6 +423,8 @@ def test_autocast_keeps_the_memory_in_float32(name: str) -> None:
     [
         ("linear_attention", {"normalize": True, "conv": 3}),
         ("gla", {"conv": 4, "gate_floor": -0.05}),
+        ("gla", {"decay": "head"}),
+        ("gla", {"decay": "fixed", "conv": 4}),
         ("hgrn2", {"lower_bound": 0.5}),
         ("mamba2", {"groups": 2}),
         ("mlstm", {"input_gate": "sigmoid"}),
