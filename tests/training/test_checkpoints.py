@@ -105,6 +105,7 @@ def test_a_failed_save_leaves_the_others(tmp_path: Path) -> None:
 def test_left_overs_and_old_ones_go(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     (directory / ".step-00000001.part").mkdir(parents=True)
+    (directory / ".last.json.abcdefgh.part").touch()
     for step in (1, 2, 3, 4):
         checkpoints.save_checkpoint(directory, step, {}, lambda folder: None, keep=2)
     assert sorted(path.name for path in directory.iterdir()) == ["last.json", "step-00000003", "step-00000004"]

@@ -45,8 +45,12 @@ def save_checkpoint(
     temporary = directory / f".step-{step:08d}.part"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for left_over in directory.glob(".step-*.part"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        # What a run that was killed in the middle of a save left behind: a folder, or the file beside them.
+        for left_over in (*directory.glob(".step-*.part"), *directory.glob(".last.json.*.part")):
+            if left_over.is_dir():
+                shutil.rmtree(left_over, ignore_errors=True)
+            else:
+                left_over.unlink(missing_ok=True)
         temporary.mkdir()
         write(temporary)
         files = {str(path.relative_to(temporary)): _digest(path) for path in temporary.rglob("*") if path.is_file()}
