@@ -7,6 +7,7 @@ Source: pre-norm residual blocks with RMSNorm, as in Llama (arXiv 2302.13971), s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ostinato.ops.checks import check_reset, check_sequence
 
 State = tuple[Any, ...]
 
-CHANNEL_MIXERS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU}
+CHANNEL_MIXERS: dict[str, Callable[[int, int | None], nn.Module]] = {"swiglu": SwiGLU}
 
 
 class Block(nn.Module):
@@ -63,6 +64,7 @@ class Backbone(nn.Module):
         plan: which mixers, e.g. "gated_delta_net*3, attention(window=64)" (see `ostinato.models.plan`).
         depth: number of layers; the plan is repeated and cut to it. None takes the plan once.
         channel_mixer: "swiglu", or None for mixers alone.
+        hidden: the channel mixer's inner width; None takes its own default.
         dropout: probability, on both branches of every block, before the sum.
         eps: of the norms.
 
@@ -80,6 +82,7 @@ class Backbone(nn.Module):
         depth: int | None = None,
         *,
         channel_mixer: str | None = "swiglu",
+        hidden: int | None = None,
         dropout: float = 0.0,
         eps: float = 1e-5,
     ) -> None:
@@ -92,7 +95,7 @@ class Backbone(nn.Module):
         self.plan = parse_plan(plan)
         self.blocks = nn.ModuleList()
         for layer in self.plan.to_depth(depth):
-            channels = CHANNEL_MIXERS[channel_mixer](d_model) if channel_mixer is not None else None
+            channels = CHANNEL_MIXERS[channel_mixer](d_model, hidden) if channel_mixer is not None else None
             self.blocks.append(Block(layer.build(d_model), channels, dropout, eps))
         self.norm = nn.RMSNorm(d_model, eps=eps)
         self._scale_outputs(len(self.blocks) * (1 if channel_mixer is None else 2))

@@ -48,7 +48,9 @@ class LanguageModel(nn.Module):
         tokenizer: "bytes", or the name or path of a Hugging Face tokenizer.
         tie_embeddings: let the head be the embedding's transpose.
         channel_mixer: "swiglu" or None.
+        hidden: the channel mixer's inner width; None takes its own default.
         dropout: probability, on every branch and on the embedding.
+        eps: of the norms.
 
     Embedding and head start at N(0, 1 / d_model), so that the logits of normed outputs start with variance 1 at
     every width; mixers and channel mixers initialise themselves; output projections are scaled by depth (see
@@ -67,7 +69,9 @@ class LanguageModel(nn.Module):
         tokenizer: str = "bytes",
         tie_embeddings: bool = True,
         channel_mixer: str | None = "swiglu",
+        hidden: int | None = None,
         dropout: float = 0.0,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.tokenizer = get_tokenizer(tokenizer)
@@ -78,7 +82,9 @@ class LanguageModel(nn.Module):
                 f"{tokenizer!r}; leave it out to take the tokenizer's"
             )
         self.embedding = nn.Embedding(self.vocab_size, d_model)
-        self.backbone = Backbone(d_model, plan, depth, channel_mixer=channel_mixer, dropout=dropout)
+        self.backbone = Backbone(
+            d_model, plan, depth, channel_mixer=channel_mixer, hidden=hidden, dropout=dropout, eps=eps
+        )
         if ahead := sorted({type(mixer).__name__ for mixer in self.backbone.mixers if not mixer.causal}):
             raise ConfigurationError(f"a language model predicts what comes next, and {', '.join(ahead)} would see it")
         self.dropout = nn.Dropout(dropout)
@@ -91,7 +97,9 @@ class LanguageModel(nn.Module):
             "tokenizer": self.tokenizer.name,
             "tie_embeddings": tie_embeddings,
             "channel_mixer": channel_mixer,
+            "hidden": hidden,
             "dropout": dropout,
+            "eps": eps,
         }
         for projection in (self.embedding, self.head):
             if projection is not None:
