@@ -230,7 +230,7 @@ def test_help_and_papers_do_not_import_torch() -> None:
 
 def test_every_command_has_help_with_examples() -> None:
     listed = [command.name for command in app.registered_commands]
-    assert len(listed) == 11
+    assert len(listed) == 12
     for name in listed:
         text = ostinato(name, "--help").output
         assert "Examples" in text and f"ostinato {name}" in text

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ostinato import __version__
-from ostinato.cli import bench, compare, demo, generate, listing, reproduce, train, tune, verify
+from ostinato.cli import bench, compare, demo, generate, linearize, listing, reproduce, train, tune, verify
 from ostinato.cli.console import INTERRUPTED, USER_ERROR, debugging, explain, out
 from ostinato.errors import OstinatoError
 
@@ -70,6 +70,7 @@ _MAIN, _COMPARE, _KNOW, _CHECK = "The main job", "Comparing", "What there is", "
 
 app.command("train", rich_help_panel=_MAIN)(train.train)
 app.command("generate", rich_help_panel=_MAIN)(generate.generate)
+app.command("linearize", rich_help_panel=_MAIN)(linearize.linearize)
 app.command("demo", rich_help_panel=_MAIN)(demo.demo)
 app.command("compare", rich_help_panel=_COMPARE)(compare.compare)
 app.command("reproduce", rich_help_panel=_COMPARE)(reproduce.reproduce)
