@@ -38,6 +38,7 @@ _BUILT_IN = {
     "para_lstm": "para:ParaLSTM",
     "retnet": "retnet:RetNet",
     "rg_lru": "rg_lru:RGLRU",
+    "rwkv6": "rwkv6:RWKV6",
     "rwkv7": "rwkv7:RWKV7",
     "s4": "s4:S4",
     "s4d": "s4d:S4D",
