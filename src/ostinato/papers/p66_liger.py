@@ -1,0 +1,184 @@
+"""66 Liger: a trained Transformer as a gated recurrence with a window, after a little low-rank adaptation
+(arXiv 2503.01496).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ostinato.layers.lora import add_lora
+from ostinato.models.language import LanguageModel
+from ostinato.models.linearize import linearize
+from ostinato.papers.runner import Claim, Measured, Run
+from ostinato.report import Series
+from ostinato.tasks.text import Text
+from ostinato.training.fit import fit
+
+claims = (
+    Claim("recovers", "adapted Liger-GLA recovers ≥ 0.85 of the teacher", theirs="93 % (8B, 0.02 % of the tokens)"),
+    Claim("gate", "the gate off the keys does better than a fresh one", theirs="perplexity 2.96 against 3.16"),
+    Claim("window", "the recurrence alone is worse by ≥ 0.1 nats", theirs="perplexity 2.96 against 3.75"),
+    Claim("parameters", "conversion adds no parameter", theirs="definition"),
+    Claim("steps", "step by step is the parallel pass (1e-4 in float32)", theirs="definition"),
+)
+
+_ARMS: dict[str, dict[str, Any]] = {
+    "Liger-GLA": {},
+    "fresh gate": {"gate": "fresh"},
+    "recurrence alone": {"mix": 1.0},
+    "no gate": {"gate": "none"},
+    "window alone": {"recurrence": None},
+    "Liger-HGRN2": {"recurrence": "hgrn2"},
+    "Liger-GSA": {"recurrence": "gsa"},
+    "teacher": {},
+    "random weights": {},
+}
+_COMPARED = ("Liger-GLA", "fresh gate", "recurrence alone")
+"""The arms of claims that are differences: all seeds; the others are reported from one."""
+_WINDOW = 16
+
+
+def experiment(run: Run) -> list[Measured]:
+    """A teacher on four fifths of a text; conversions and controls adapted to the rest, all with the same updates."""
+    length = run.choose(smoke=32, cpu=128, gpu=256)
+    steps = run.choose(smoke=2, cpu=1500, gpu=3000)
+    updates = run.choose(smoke=1, cpu=150, gpu=150)
+    seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=3, gpu=3))]
+    width = run.choose(smoke=16, cpu=128, gpu=128)
+    run.sizes |= {
+        "teacher": f"4 layers, d {width}, 4 heads, bytes, T {length}, {steps} steps of 16, AdamW 1e-3",
+        "adaptation": f"LoRA 8 on q, k, v, {updates} steps of 8, AdamW 1e-3, window {_WINDOW}, 16 slots",
+        "share of the teacher's tokens": updates * 8 / (steps * 16),
+        "seeds": f"{len(seeds)} of {', '.join(_COMPARED)}; 1 of the others, and of the teacher",
+        "not built": "the two-stage control (LoLCATs)",
+    }
+    folder = run.folder / f"teacher-{run.budget}-{run.seed}"
+    run.part("teacher", _teach, folder, width, length, steps, run.seed)
+    if not (folder / "config.json").is_file():
+        _teach(folder, width, length, steps, run.seed)
+    found = {
+        name: [
+            run.part(f"{name}-{seed}", _adapt, folder, name, length, updates, seed)
+            for seed in (seeds if name in _COMPARED else seeds[:1])
+        ]
+        for name in _ARMS
+        if name != "Liger-GSA" or run.budget != "cpu"  # seconds an update on two cores
+    }
+    run.figure(
+        "Nats per byte of held-out text: " + "; ".join(f"{index}: {name}" for index, name in enumerate(found)),
+        [
+            Series(when, list(range(len(found))), [mean(each[when] for each in arm) for arm in found.values()])
+            for when in ("converted", "adapted")
+        ],
+        x_label="arm",
+        y_label="nats per byte",
+    )
+    rows = _rows(found)
+    if run.budget == "smoke":
+        rows = [Measured(row.key, row.ours, None, "too small a budget to tell") for row in rows]
+    exact = run.part("exact", _exact, folder)
+    return [
+        *rows,
+        Measured("parameters", f"{exact['after']} of {exact['before']}", exact["after"] == exact["before"]),
+        Measured(
+            "steps", f"largest difference {exact['difference']:.1e}", exact["difference"] <= 1e-4, "3 recurrences"
+        ),
+    ]
+
+
+def _rows(found: dict[str, list[dict[str, float]]]) -> list[Measured]:
+    loss = {name: mean(each["adapted"] for each in arm) for name, arm in found.items()}
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in loss.items())
+    floor, ours, teacher = loss["random weights"], loss["Liger-GLA"], loss["teacher"]
+    share = (floor - ours) / (floor - teacher)
+    first = [each["adapted"] for each in found["Liger-GLA"]]
+    gate = [other["adapted"] - own for other, own in zip(found["fresh gate"], first, strict=True)]
+    alone = loss["recurrence alone"] - ours
+    spread = ", ".join(f"{value:+.4f}" for value in gate)
+    return [
+        Measured("recovers", f"{share:.3f}", share >= 0.85, f"nats per byte: {shown}"),
+        Measured(
+            "gate", f"{mean(gate):+.4f} nats without it", min(gate) > 0, f"by seed: {spread}; held if all are above 0"
+        ),
+        Measured("window", f"{alone:+.3f} nats without it", alone >= 0.1, "no gate and window alone: see above"),
+    ]
+
+
+def _texts(folder: Path, length: int) -> tuple[Text, Text]:
+    """The teacher's text, and the rest, of which a quarter is held out."""
+    whole = Text(window=length, held_out=0.2, carry=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = folder / "rest.txt"
+    rest.write_bytes(whole.test_bytes)
+    return whole, Text(files=(str(rest),), window=length, held_out=0.25, carry=False, binary=True)
+
+
+def _teach(folder: Path, width: int, length: int, steps: int, seed: int) -> int:
+    """Train the teacher and save it; its parameters."""
+    torch.manual_seed(seed)
+    teacher = LanguageModel(d_model=width, plan="attention(heads=4)", depth=4)
+    task, _ = _texts(folder, length)
+    fit(teacher, task, steps=steps, batch_size=16, learning_rate=1e-3, seed=seed, progress=False, evaluation_batches=1)
+    teacher.save_pretrained(folder)
+    return teacher.num_parameters()
+
+
+def _adapt(folder: Path, name: str, length: int, updates: int, seed: int) -> dict[str, float]:
+    """Nats per byte of the held-out quarter, before and after the updates."""
+    torch.manual_seed(seed)
+    teacher = LanguageModel.from_pretrained(folder)
+    _, task = _texts(folder, length)
+    model = teacher if name == "teacher" else linearize(teacher, window=_WINDOW, **_ARMS[name])
+    if name == "random weights":
+        model = LanguageModel(**model.config)
+    before = _nats(model, task, length)
+    if name != "random weights":
+        add_lora(model, rank=8)
+        for part, parameter in model.named_parameters():
+            if part.endswith("to_gate.weight") and ".mixer." in part:
+                parameter.requires_grad_(True)  # the fresh gate is learned too
+    fit(
+        model.train(),
+        task,
+        steps=updates,
+        batch_size=8,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        seed=seed,
+        progress=False,
+        evaluation_batches=1,
+    )
+    return {"converted": before, "adapted": _nats(model, task, length)}
+
+
+@torch.no_grad()
+def _nats(model: LanguageModel, task: Text, length: int) -> float:
+    """The loss over the held-out bytes, in pieces of the trained length, each read from its beginning."""
+    tokens = torch.frombuffer(bytearray(task.test_bytes), dtype=torch.uint8).long()
+    pieces = tokens[: len(tokens) // (length + 1) * (length + 1)].view(-1, length + 1)[:128].to(model.device)
+    model.eval()
+    logits, _ = model(pieces[:, :-1])
+    return float(F.cross_entropy(logits.flatten(0, 1), pieces[:, 1:].flatten())) if len(pieces) else math.inf
+
+
+@torch.no_grad()
+def _exact(folder: Path) -> dict[str, float]:
+    """Parameters before and after, and the largest difference between steps and the parallel pass."""
+    teacher = LanguageModel.from_pretrained(folder)
+    tokens = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+    worst, after = 0.0, 0
+    for recurrence in ("gla", "hgrn2", "gsa"):
+        model = linearize(teacher, recurrence, _WINDOW)
+        after = max(after, model.num_parameters())
+        together, _ = model(tokens)
+        state = model.initial_state(2)
+        for t in range(tokens.shape[1]):
+            logits, state = model.step(tokens[:, t], state)
+            worst = max(worst, float((logits - together[:, t]).abs().max()))
+    return {"before": teacher.num_parameters(), "after": after, "difference": worst}
