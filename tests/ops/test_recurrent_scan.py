@@ -7,7 +7,7 @@ import torch
 
 import ostinato
 from ostinato.errors import BackendError, DtypeError, NonFiniteError, ShapeError
-from ostinato.ops.cells import GRU, LSTM, M2RNN, SLSTM, Elman, Hidden
+from ostinato.ops.cells import GRU, LSTM, M2RNN, SLSTM, Cell, Elman, Hidden
 from ostinato.ops.recurrent_scan import recurrent_scan
 
 
@@ -137,3 +137,22 @@ def test_errors():
         recurrent_scan(cell, (weights[0] * torch.inf,), inputs, validate=True)
     with pytest.raises(BackendError, match="no route"), ostinato.backend(recurrent_scan="parallel"):
         recurrent_scan(cell, weights, inputs)
+
+
+def test_a_cell_without_weights_runs():
+    """The types of a call are those of its inputs where there is nothing else."""
+
+    class Sum(Cell):
+        def step(self, weights, state, inputs):
+            return state + inputs
+
+        def output(self, state):
+            return state
+
+        def initial_state(self, inputs):
+            return torch.zeros_like(inputs)
+
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    outputs, last = recurrent_scan(Sum(), (), x)
+    assert torch.allclose(outputs, x.cumsum(1))
+    assert torch.allclose(last, x.sum(1))

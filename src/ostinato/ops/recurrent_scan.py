@@ -48,7 +48,7 @@ def _reference(
 ) -> tuple[Tensor, State]:
     """The loop, in the type that states are kept in."""
     weights, inputs, state = widen(cell, weights, inputs, state)
-    with own_precision(weights[0]):
+    with own_precision(inputs if isinstance(inputs, Tensor) else inputs[0]):
         return loop(cell, weights, inputs, state, reset)
 
 
