@@ -1,12 +1,14 @@
 """Parallel DeltaNet (Yang et al. 2024, arXiv 2406.06484): the delta rule in chunks, in recall and in hybrids.
 
-Three things are tried: that the chunks of the WY form give the loop's numbers and gradients, and how much faster; the
-recall of a memory that replaces against memories that add, at equal state; and text, alone and with attention.
+Four things are tried: that the chunks of the WY form give the loop's numbers and gradients, and how much faster; the
+recall of a memory that replaces against memories that add, at equal state; text, alone and with attention; and text
+many times as long as what was trained on.
 """
 
 from __future__ import annotations
 
 import time as clock
+from itertools import pairwise
 from statistics import mean
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ostinato
-from ostinato.analysis.state_collapse import state_size
+from ostinato.analysis.state_collapse import language_batch, loss_by_position, state_size
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.ops.delta_rule import delta_rule
 from ostinato.papers.runner import Claim, Measured, Run
@@ -38,6 +40,8 @@ claims = (
     Claim("two global", "and attention in two layers", theirs="28.24 to 27.51"),
     Claim("hybrids", "both hybrids do better than attention alone", theirs="28.39 (attention)"),
     Claim("norm", "the norm of keys and queries matters, their activation little", theirs="31.12, 28.03, 28.75, 28.24"),
+    Claim("length", "beyond the trained length plain DeltaNet, without a decay, gets worse", theirs="stated: limited"),
+    Claim("decay", "there it does worse than with a decay (Gated DeltaNet)", theirs="not in the paper"),
     Claim("large", "language models of 340M and 1.3B; MAD, RegBench, recall of real text", theirs="tables"),
 )
 
@@ -59,15 +63,21 @@ _TEXT = {
     "L2, 1 + elu": "delta_net(qk_activation=elu)",
     "L2, relu": "delta_net(qk_activation=relu)",
 }
+_LENGTHS = {
+    "delta rule": "delta_net",
+    "with a decay": "gated_delta_net",
+    "sliding window": "delta_net, attention(window={quarter})",
+    "attention": "attention",
+}
 _ON_GPU = "trained in the gpu budget: there is no room for text on two cores"
 _LARGE = "trained on 15B and 100B tokens; both hybrids are plan strings, trained here at a small size"
 
 
 def experiment(run: Run) -> list[Measured]:
-    """The exact statements and speed, recall, and text."""
+    """The exact statements and speed, recall, text, and longer text."""
     seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=3, gpu=3))]
     run.sizes["seeds"] = seeds
-    rows = _forms(run) + _speeds(run) + _recall(run, seeds) + _text(run, seeds)
+    rows = _forms(run) + _speeds(run) + _recall(run, seeds) + _text(run, seeds) + _lengths(run, seeds)
     return [*rows, Measured("large", "not measured", None, _LARGE)]
 
 
@@ -253,6 +263,84 @@ def _text(run: Run, seeds: list[int]) -> list[Measured]:
             "means over seeds; asked: the change of norm costs more than any change of activation",
         ),
     ]
+
+
+def _lengths(run: Run, seeds: list[int]) -> list[Measured]:
+    """Text in pieces many times as long as those of the training."""
+    width, depth, window, times, batch, steps = run.choose(
+        smoke=(16, 1, 16, 4, 2, 1), cpu=(64, 2, 64, 16, 8, 250), gpu=(128, 4, 128, 16, 16, 1000)
+    )
+    names = run.choose(smoke=tuple(_LENGTHS), cpu=tuple(_LENGTHS)[:2], gpu=tuple(_LENGTHS))
+    plans = {name: _LENGTHS[name].format(quarter=window // 4) for name in names}
+    task = Text(window=window, carry=False, max_bytes=run.choose(smoke=4000, cpu=None, gpu=None))
+    bins = [0, window // 2, *(window * 2**power for power in range(times.bit_length()))]
+    run.sizes["lengths"] = {"width": width, "layers": depth, "window": window, "batch": batch, "steps": steps}
+    run.sizes["lengths"] |= {"plans": plans, "tested": bins}
+    found: dict[str, list[list[float]]] = {
+        name: run.part(f"lengths {name}", _longer, plan, depth, width, task, bins, seeds, batch, steps, run)
+        for name, plan in plans.items()
+    }
+    run.figure(
+        f"Loss along a text, trained on {window} bytes (mean of {len(seeds)} seeds)",
+        [
+            Series(name, [(a + b) / 2 for a, b in pairwise(bins)], [mean(at) for at in zip(*each, strict=True)])
+            for name, each in found.items()
+        ],
+        x_label="position",
+        y_label="nats per byte",
+        log_x=True,
+    )
+    rises = {name: [one[-1] - one[1] for one in each] for name, each in found.items()}
+    plain, decayed = found["delta rule"], found["with a decay"]
+    gaps = [a - b for a, b in zip(rises["delta rule"], rises["with a decay"], strict=True)]
+    each = "; ".join(f"{name} {_list([mean(at) for at in zip(*one, strict=True)])}" for name, one in found.items())
+    where = f"at {bins[-2]}–{bins[-1]} less at {bins[1]}–{bins[2]}, where training ended"
+    edges = ", ".join(map(str, bins))
+    judge = run.budget != "smoke"
+    return [
+        Measured(
+            "length",
+            f"{', '.join(f'{value:+.3f}' for value in rises['delta rule'])} nats",
+            min(rises["delta rule"]) > 0 if judge else None,
+            f"{where}; asked of every seed: above 0. The other arms: "
+            + "; ".join(f"{name} {', '.join(f'{value:+.3f}' for value in rises[name])}" for name in names[1:])
+            + f". Nats per byte between {edges}, mean of seeds, the same bytes in each: {each}",
+        ),
+        Measured(
+            "decay",
+            f"rises by {', '.join(f'{value:+.3f}' for value in gaps)} more; loss there {_list([v[-1] for v in plain])} "
+            f"against {_list([v[-1] for v in decayed])}",
+            min(gaps) > 0 if judge else None,
+            "asked of every seed: above 0",
+        ),
+    ]
+
+
+def _longer(
+    plan: str, depth: int, width: int, task: Text, bins: list[int], seeds: list[int], batch: int, steps: int, run: Run
+) -> list[list[float]]:
+    """Of every seed the loss in each bin, over pieces of held-out text that begin a window apart.
+
+    So all bins hold nearly the same bytes, and a difference between two of them is one of position.
+    """
+    tokens = torch.frombuffer(bytearray(task.test_bytes), dtype=torch.uint8).long()
+    pieces = tokens.unfold(0, min(bins[-1], len(tokens) - 1) + 1, task.window)
+    batches = [language_batch(rows) for rows in pieces.split(32)]
+    losses = []
+    for group in [seeds] if torch.cuda.is_available() else [[seed] for seed in seeds]:
+        ensemble = fit_together(
+            lambda _: TokenClassifier(256, width, plan, depth),
+            task,
+            group,
+            steps=steps,
+            batch_size=batch,
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            warmup=min(100, steps),
+            say=run.say,
+        )
+        losses += [[part["loss"] for part in loss_by_position(model, batches, bins)] for model in ensemble]
+    return losses
 
 
 def _train(
