@@ -71,7 +71,7 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.base
 	@echo "installing what the tests need"
-	@$(PIP) --editable ".[test,peers,docs,data]"
+	@$(PIP) --editable ".[test,peers,docs,data,gguf]"
 	@$(PIP) --no-deps $(PEERS) || echo "some peer is not to be had: its comparison is skipped"
 	@$(PIP) --no-deps --target $(VENV)/triton $(TRITON) || echo "no $(TRITON) here: the tests of kernels are skipped"
 	@touch $@

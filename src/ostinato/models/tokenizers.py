@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back, also piece by piece as a stream needs it.
 
-Bytes are the default and need nothing. Any Hugging Face tokenizer can be named instead ("gpt2", or a folder);
-`transformers` is imported only then.
+Bytes are the default and need nothing. Any Hugging Face tokenizer can be named instead ("gpt2", or a folder), or a GGUF
+file for its own; `transformers`, or `gguf`, is imported only then.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from ostinato.errors import ConfigurationError, DataError
+from ostinato.models.gguf import GGUFTokenizer, is_gguf
 
 
 class Decoder(Protocol):
@@ -128,7 +129,7 @@ class PretrainedDecoder:
     tokens is decoded with and without the new ones, and the difference is what the new ones say.
     """
 
-    def __init__(self, tokenizer: PretrainedTokenizer) -> None:
+    def __init__(self, tokenizer: PretrainedTokenizer | GGUFTokenizer) -> None:
         self._tokenizer = tokenizer
         self._said: list[int] = []
         self._waiting: list[int] = []
@@ -145,8 +146,11 @@ class PretrainedDecoder:
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """ "bytes", or a Hugging Face tokenizer by name or path.
+    """ "bytes", that of a GGUF file by its path or by "smollm2", or a Hugging Face tokenizer by name or path.
 
-    Raises `ConfigurationError` if there is no such tokenizer or `transformers` is not installed.
+    Raises `ConfigurationError` if there is no such tokenizer or a package is missing, `CheckpointError` if the GGUF
+    file is not there or damaged.
     """
-    return ByteTokenizer() if name == "bytes" else PretrainedTokenizer(name)
+    if name == "bytes":
+        return ByteTokenizer()
+    return GGUFTokenizer(name) if is_gguf(name) else PretrainedTokenizer(name)
