@@ -69,7 +69,16 @@ def test_unit_vectors_through_the_scans_give_the_matrix() -> None:
 
 @pytest.mark.parametrize("join", JOINS)
 def test_every_join_keeps_what_it_states(join: str) -> None:
-    assert check_whole_mixer(Hydra(16, heads=2, state_dim=4, join=join), length=9).ok
+    assert check_whole_mixer(Hydra(16, heads=2, state_dim=4, join=join), length=9, compile=False).ok
+
+
+@pytest.mark.parametrize("seed", [0, 10, 11])
+def test_half_precision_keeps_the_gradient_of_the_diagonal(seed: int) -> None:
+    # With one head the norm makes that gradient a sum that nearly cancels; rounded before the norm it is lost.
+    torch.manual_seed(seed)
+    report = check_whole_mixer(Hydra(16), dtypes=(torch.bfloat16,), seed=seed, compile=False)
+    worst = max(row.error for row in report.rows)
+    assert worst < 0.05, report.table(report.worst())
 
 
 def test_learned_starts_stand_before_every_sequence() -> None:

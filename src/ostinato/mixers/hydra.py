@@ -113,7 +113,7 @@ class Hydra(WholeMixer):
         if self.join == "quasiseparable":
             y = quasiseparable(values, past, future, diagonal, reset=reset).flatten(-2)
         else:
-            y = self._joined(values, past, future, diagonal.unsqueeze(-1) * values, reset)
+            y = self._joined(values, past, future, widened(diagonal).unsqueeze(-1) * widened(values), reset)
         return self.to_output(self.norm(y, gate if y.shape == gate.shape else torch.cat([gate, gate], dim=-1)))
 
     def _joined(

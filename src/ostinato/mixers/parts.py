@@ -94,9 +94,15 @@ class GatedNorm(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=eps)
 
     def forward(self, x: Float[Tensor, "... dim"], gate: Float[Tensor, "... dim"] | None = None) -> Tensor:
-        """Normalised and gated."""
-        x = x.to(self.norm.weight.dtype)  # under autocast x may be in half precision, the weight is not
+        """Normalised and gated, in the type of the weight; computed in the wider of the two."""
+        # Under autocast x may be in half precision and the weight not; or x is a float32 sum that is not yet rounded.
+        narrow = self.norm.weight.dtype
+        x = x.to(torch.promote_types(x.dtype, narrow))
         if self.gate is None or gate is None:
-            return self.norm(x)
+            return self._normed(x).to(narrow)
         opened = F.silu(gate) if self.gate == "silu" else torch.sigmoid(gate)
-        return self.norm(x * opened) if self.gate_first else self.norm(x) * opened
+        y = self._normed(x * opened) if self.gate_first else self._normed(x) * opened
+        return y.to(narrow)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.norm.normalized_shape, self.norm.weight.to(x.dtype), self.norm.eps)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ostinato.errors import ShapeError
-from ostinato.ops.checks import check_reset, check_sequence, check_shape
+from ostinato.ops.checks import accumulation_dtype, check_reset, check_sequence, check_shape
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.sequences import places, reversed_reset
 
@@ -114,7 +114,8 @@ def quasiseparable(
         reset: True marks the first step of a new sequence: nothing crosses it, either way.
 
     Returns:
-        y, in the type of the scans' outputs. Half precision is accumulated in float32.
+        y; of half precision in float32, not rounded. A norm mostly follows, under which the gradient of the diagonal
+        is a sum that nearly cancels: rounding y would cost it up to 0.4 of its size in bfloat16 (measured, d_model 16).
 
     Raises:
         ShapeError, DtypeError: arguments that do not fit together.
@@ -123,14 +124,15 @@ def quasiseparable(
     """
     batch, time, heads, _ = values.shape
     check_shape("diagonal", diagonal, (batch, time, heads), "batch time heads")
-    forward, backward = two_scans(values, past, future, reset=reset)
+    wide = accumulation_dtype(values.dtype)
+    forward, backward = (part.to(wide) for part in two_scans(values, past, future, reset=reset))
     behind = F.pad(forward[:, :-1], (0, 0, 0, 0, 1, 0))
     ahead = F.pad(backward[:, 1:], (0, 0, 0, 0, 0, 1))
     if reset is not None:
         begins = reset.view(batch, time, 1, 1)
         ends = F.pad(reset[:, 1:], (0, 1)).view(batch, time, 1, 1)
         behind, ahead = behind.masked_fill(begins, 0), ahead.masked_fill(ends, 0)
-    return behind + ahead + diagonal.unsqueeze(-1) * values
+    return behind + ahead + diagonal.to(wide).unsqueeze(-1) * values.to(wide)
 
 
 def quasiseparable_matrix(
