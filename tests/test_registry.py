@@ -125,6 +125,30 @@ def test_what_cannot_be_registered_is_said(name: str, cls: Any, message: str) ->
     assert name not in registry._registered
 
 
+def test_verify_walks_the_mixers_that_are_not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ostinato.mixers.whole_attention import WholeAttention
+    from ostinato.testing import verify
+
+    monkeypatch.setattr(registry, "mixers", lambda: ["min_gru"])
+    report = verify(device="cpu", quick=True)
+    checks = {name: {row.check for row in report.rows if row.mixer == name} for name in registry.whole_mixers()}
+    assert report.ok and {row.mixer for row in report.rows} == {"min_gru", *registry.prefix_mixers(), *checks}
+    for found in checks.values():
+        # What they keep of the law, and nothing that they cannot keep.
+        assert found >= {"whole: outputs", "whole: gradient of parameters", "packing: gradient", "padding", "no state"}
+        assert not any(check.startswith(("split", "step", "causal")) for check in found)
+    assert any(row.check == "step by step: state" for row in report.rows if row.mixer == "prefix_linear_attention")
+    whole = verify(["whole_attention"], device="cpu", dtypes=(torch.float64,))
+    assert whole.ok and {row.route for row in whole.rows} > {"free"}
+    assert any(row.check == "torch.compile" for row in whole.rows)
+
+    once = WholeAttention.mix_whole
+    monkeypatch.setattr(WholeAttention, "mix_whole", lambda self, x, reset: once(self, x, None))
+    leaking = verify(["whole_attention", "min_gru"], device="cpu", quick=True)
+    assert {row.mixer for row in leaking.broken} == {"whole_attention"}
+    assert "packing: outputs" in {row.check for row in leaking.broken}
+
+
 @pytest.mark.usefixtures("clean_registry")
 def test_verify_walks_registered_mixers_too() -> None:
     from ostinato.testing import verify

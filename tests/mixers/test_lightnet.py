@@ -132,7 +132,7 @@ def test_every_causal_variant_obeys_the_law(options: dict[str, Any]) -> None:
     ],
 )
 def test_every_whole_variant_keeps_what_it_states(options: dict[str, Any]) -> None:
-    assert check_whole_mixer(WholeLightNet(8, heads=2, **options), length=9).ok
+    assert check_whole_mixer(WholeLightNet(8, heads=2, **options), length=9, compile=False).ok
 
 
 @pytest.mark.parametrize("position", ["cosine", "rotary"])

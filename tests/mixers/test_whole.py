@@ -16,6 +16,9 @@ from ostinato.mixers.whole_attention import WholeAttention
 from ostinato.models.vector_classifier import VectorClassifier
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.sequences import places, same_sequence, sequence_max, sequence_softmax, sequence_sum, whole_attention
+from ostinato.testing import law
+from ostinato.testing.report import GRADIENT_TOLERANCES
+from ostinato.testing.runs import difference, run
 from ostinato.testing.whole import check_whole_mixer
 
 
@@ -26,6 +29,37 @@ def test_every_whole_mixer_keeps_what_it_states(name: str) -> None:
     assert isinstance(mixer, WholeMixer) and not mixer.causal and cls.traits.paper and cls.__doc__
     report = check_whole_mixer(mixer, length=13, dtypes=(torch.float64, torch.float32), name=name)
     assert report.ok and len(report.rows) > 10
+
+
+@pytest.mark.parametrize("name", registry.whole_mixers())
+def test_in_half_precision_too(name: str) -> None:
+    # One head: the norm of a short vector can be ill-conditioned, as the next test shows.
+    mixer = registry.mixer(name, 16, heads=1)
+    assert check_whole_mixer(mixer, length=13, dtypes=(torch.bfloat16,), name=name, compile=False).ok
+
+
+def test_where_half_precision_is_beyond_the_tolerance_the_gradient_itself_is_ill_conditioned() -> None:
+    # Both directions together read next to nothing in one head, and the norm divides by it: in float64, rounding q, k
+    # and v to bfloat16 once, and nothing else, moves the gradients as far as the whole computation in bfloat16 does.
+    torch.manual_seed(7)
+    mixer = registry.mixer("multi_scan_gla", 16)
+    bench = law.Bench(mixer, torch.float64, "cpu", 2, 20, 7)
+    wanted = [run(bench.mixer, problem, [20]) for problem in bench.problems()]
+
+    def rounded(module: Any, arguments: Any, projected: Any) -> tuple[Any, ...]:
+        *parts, window = projected
+        return (*(part + (part.bfloat16().double() - part).detach() for part in parts), window)
+
+    bench.mixer.gla.project.register_forward_hook(rounded)  # type: ignore[union-attr, operator]
+    moved = 0.0
+    for problem, truth in zip(bench.problems(), wanted, strict=True):
+        found = run(bench.mixer, problem, [20]).values
+        moved = max(
+            moved, *(difference(found[kind], truth.values[kind])[0] for kind in truth.values if "gradient" in kind)
+        )
+    report = check_whole_mixer(mixer, dtypes=(torch.bfloat16,), seed=7, compile=False, strict=False)
+    worst = max(row.error for row in report.rows)
+    assert moved > GRADIENT_TOLERANCES[torch.bfloat16] and worst < 1.5 * moved
 
 
 def test_they_are_found_by_name_but_not_listed_among_the_causal() -> None:

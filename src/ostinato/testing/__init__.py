@@ -4,22 +4,27 @@ forward(x)  ==  forward(x[:, :t]) then forward(x[:, t:], state)  ==  step, step,
 
 from ostinato.testing import check_mixer
 check_mixer(MyMixer(16))            # raises LawError with a table of what is broken
-print(verify().summary())           # every registered mixer, on this machine
+print(verify().summary())           # every mixer, on this machine
+
+A mixer that reads whole sequences keeps a part of it; `check_whole_mixer` holds it to that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer
+from ostinato.mixers.whole import WholeMixer
 from ostinato.testing import law
 from ostinato.testing.report import TOLERANCES, LawReport, Recorder, Row, dtype_name
 from ostinato.testing.runs import FREE, poisoned, route
+from ostinato.testing.whole import check_whole_mixer
 
-__all__ = ["FREE", "TOLERANCES", "LawReport", "Row", "check_mixer", "verify"]
+__all__ = ["FREE", "TOLERANCES", "LawReport", "Row", "check_mixer", "check_whole_mixer", "verify"]
 
 PLAIN_ROUTES = ("reference", "parallel")
 """The routes in plain PyTorch, which serve any device and type."""
@@ -120,6 +125,9 @@ def verify(
 ) -> LawReport:
     """Hold registered mixers to the law on this machine: what to run before reporting a bug.
 
+    Mixers that read whole sequences are held to the part of it that they keep (`check_whole_mixer`); those that read
+    a prompt in one piece to all of it, which without a prompt they keep.
+
     Args:
         mixers: names; all if None.
         device: where; a GPU if there is one, else the CPU.
@@ -137,7 +145,8 @@ def verify(
     """
     from ostinato.mixers import registry
 
-    names = list(mixers) if mixers is not None else registry.mixers()
+    everything = [*registry.mixers(), *registry.prefix_mixers(), *registry.whole_mixers()]
+    names = list(mixers) if mixers is not None else everything
     classes = {name: registry.mixer_class(name) for name in names}
     where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtypes is None:
@@ -150,15 +159,19 @@ def verify(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             built = classes[name](d_model)
-        found = check_mixer(
-            built,
-            name=name,
-            dtypes=dtypes,
-            routes=(FREE,) if quick else _routes_here(built, dtypes[0], where),
-            device=where,
-            compile=not quick,
-            strict=False,
-        )
+        if name in registry.prefix_mixers():
+            # Without a prompt the maps for it have nothing to do, and no gradient.
+            for part, parameter in built.named_parameters():
+                parameter.requires_grad_("prefix" not in part)
+        options: dict[str, Any] = {
+            "name": name,
+            "dtypes": dtypes,
+            "routes": (FREE,) if quick else _routes_here(built, dtypes[0], where),
+            "device": where,
+            "compile": not quick,
+            "strict": False,
+        }
+        found = check_whole_mixer(built, **options) if isinstance(built, WholeMixer) else check_mixer(built, **options)
         report.rows += found.rows
     return report
 

@@ -27,26 +27,32 @@ def check_whole_mixer(
     *,
     name: str | None = None,
     dtypes: Sequence[torch.dtype] = (torch.float64,),
+    routes: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
     batch: int = 2,
     length: int = 20,
     seed: int = 0,
+    compile: bool = True,
     resets: bool = True,
     strict: bool = True,
 ) -> LawReport:
     """Hold a mixer that reads whole sequences to the part of the law that it keeps.
 
-    The checks, for every plain route and type: whole sequences, without resets, with random ones and with resets at
+    The checks, for every route and type: whole sequences, without resets, with random ones and with resets at
     the edges, against the reference route in float64, in outputs and in the gradients of x and of all parameters;
     packed sequences against each alone, in outputs and gradients; padding behind a reset, whatever it holds, changes
     nothing before it; the rows of a batch do not see each other; the form of the outputs; no state and no step are
-    taken. In float64 also: a gradient reaches every parameter, and is the slope of the loss.
+    taken. In float64 also: a gradient reaches every parameter, and is the slope of the loss. Once per mixer:
+    `torch.compile(fullgraph=True)` of forward.
 
     Args:
         mixer: any `WholeMixer`.
         name: what to call it in the table; its class by default.
         dtypes, device: where and in which types to run; the truth is computed on the CPU.
+        routes: the routes to force, and "free" for the free choice; by default "free" and each of the plain
+            routes that serves this mixer.
         batch, length, seed: the size and the random numbers of the sequences.
+        compile: whether to try compiling, which takes seconds.
         resets: False for a mixer on a grid, whose rows cannot be packed: the checks that pack are left out.
         strict: raise if anything is broken; otherwise only report.
 
@@ -64,9 +70,14 @@ def check_whole_mixer(
                 bench = law.Bench(mixer, dtype, device, batch, length, seed)
             if not report.ok:
                 break
-            for forced in [FREE, *law.routes_of(mixer, dtype, device, _PLAIN)]:
+            named = [FREE, *law.routes_of(mixer, dtype, device, _PLAIN)] if routes is None else routes
+            for forced in named:
                 with route(forced):
                     _check(bench, Recorder(report, called, forced, dtype), resets)
+        if compile and report.ok:
+            bench = law.Bench(mixer, dtypes[0], device, batch, length, seed)
+            # A grid is as long as it is.
+            law.check_compile(bench, Recorder(report, called, FREE, dtypes[0]), 8 if resets else length)
     return report.raise_if_broken() if strict else report
 
 
