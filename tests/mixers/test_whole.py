@@ -130,18 +130,25 @@ def test_whole_attention_is_torchs(options: dict[str, Any]) -> None:
             mixer(torch.randn(1, 12, 16), reset=torch.zeros(1, 12, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("scans", "grid"), [(1, None), (1, (3, 4)), (2, (3, 4)), (4, (3, 4))])
-def test_scans_of_a_grid_are_sums_of_orders(scans: int, grid: tuple[int, int] | None) -> None:
-    mixer = MultiScanGLA(8, heads=2, scans=scans, grid=grid).double()
-    assert check_whole_mixer(mixer, length=12, resets=grid is None).ok
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("scans", "grid"), [(1, None), (2, None), (1, (3, 4)), (2, (3, 4)), (4, (3, 4))])
+def test_scans_of_a_grid_are_sums_of_orders(scans: int, grid: tuple[int, int] | None, own: bool) -> None:
+    mixer = MultiScanGLA(8, heads=2, scans=scans, grid=grid, own=own).double()
+    assert check_whole_mixer(mixer, length=12, resets=grid is None, compile=scans == 4).ok
+    assert len(mixer.others) == (scans - 1 if own else 0)
     x = torch.randn(2, 12, 8, dtype=torch.float64)
     total = torch.zeros(())
     gla = mixer.gla
     by_columns = torch.arange(12).view(3, 4).T.flatten()
-    orders = [torch.arange(12), torch.arange(12).flip(0), by_columns, by_columns.flip(0)][:scans]
-    for order in orders:
+    orders = [torch.arange(12), torch.arange(12).flip(0)][:scans]
+    if scans == 4:
+        orders = [torch.arange(12), by_columns, torch.arange(12).flip(0), by_columns.flip(0)]
+    for index, order in enumerate(orders):
         q, k, v, _ = gla.project(x[:, order], None, None)
-        y, _ = linear_attention(q * gla.key_dim**-0.5, k, v, gla.log_decay(x[:, order]))
+        decay = gla.log_decay(x[:, order])
+        if own and index:
+            q, k, decay = mixer.others[index - 1](x[:, order])
+        y, _ = linear_attention(q * gla.key_dim**-0.5, k, v, decay)
         total = total + y[:, order.argsort()]
     assert torch.allclose(mixer(x)[0], gla.read_out(total, x), atol=1e-12)
     with pytest.raises(ConfigurationError, match="scans are 1, 2, or 4"):

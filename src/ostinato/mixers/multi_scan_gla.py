@@ -12,22 +12,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
 from ostinato.layers.md_lrpe import check_grid
 from ostinato.mixers.base import Traits
 from ostinato.mixers.gla import GLA
+from ostinato.mixers.heads import widened
 from ostinato.mixers.whole import WholeMixer
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.sequences import reversed_reset
 
 
-class MultiScanGLA(WholeMixer):
-    """S_t = diag(α_t) S_{t−1} + k_t v_tᵀ, o_t = S_tᵀ q_t in each order, with the same q, k, v, α; out goes the sum.
+class _Order(nn.Module):
+    """The queries, keys and decays of one order."""
 
-    The projections are computed once, the scans as one, stacked along the batch. Keeps of the law what `WholeMixer`
-    says (with one scan it is causal too); on a grid a row cannot be packed.
+    def __init__(self, gla: GLA, rank: int = 16) -> None:
+        super().__init__()
+        keys = gla.heads * gla.key_dim
+        self.heads, self.temperature = gla.heads, gla.temperature
+        self.to_queries, self.to_keys = (nn.Linear(gla.d_model, keys, bias=False) for _ in range(2))
+        self.to_decay = nn.Sequential(nn.Linear(gla.d_model, rank, bias=False), nn.Linear(rank, keys))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and log α, (batch, time, heads, key_dim)."""
+        log_decay = F.logsigmoid(widened(self.to_decay(x))) / self.temperature
+        found = (self.to_queries(x), self.to_keys(x), log_decay)
+        queries, keys, log_decay = (part.unflatten(-1, (self.heads, -1)) for part in found)
+        return queries, keys, log_decay
+
+
+class MultiScanGLA(WholeMixer):
+    """S_t = diag(α_t) S_{t−1} + k_t v_tᵀ, o_t = S_tᵀ q_t in each order; out goes the sum.
+
+    The scans run as one, stacked along the batch. With the same q, k, v and α in every order the sum weighs what lies
+    before a step as what lies behind it at the same distance; with its `own` q, k and α an order can differ. Keeps of
+    the law what `WholeMixer` says (with one scan it is causal too); on a grid a row cannot be packed.
 
     Args:
         d_model: width.
@@ -35,6 +56,7 @@ class MultiScanGLA(WholeMixer):
         scans: 1, 2, or 4, which needs a grid.
         grid: (rows, columns), walked row by row; None is one dimension.
         expand_k: total width of keys over d_model.
+        own: whether every order has queries, keys and decays of its own; the values are shared.
     """
 
     traits = Traits(
@@ -45,13 +67,20 @@ class MultiScanGLA(WholeMixer):
     )
 
     def __init__(
-        self, d_model: int, heads: int = 4, scans: int = 2, grid: Sequence[int] | None = None, expand_k: float = 1.0
+        self,
+        d_model: int,
+        heads: int = 4,
+        scans: int = 2,
+        grid: Sequence[int] | None = None,
+        expand_k: float = 1.0,
+        own: bool = False,
     ) -> None:
         super().__init__(d_model)
         if scans not in (1, 2, 4) or (scans == 4) > (grid is not None) or (grid is not None and len(grid) != 2):
             raise ConfigurationError(f"scans are 1, 2, or 4 on a grid of two axes; got {scans} on {grid}")
         check_grid((None,) if grid is None else tuple(grid))
         self.gla, self.scans, self.grid = GLA(d_model, heads, expand_k=expand_k), scans, grid
+        self.others = nn.ModuleList(_Order(self.gla) for _ in range(scans - 1 if own else 0))
 
     def mix_whole(self, x: Tensor, reset: Tensor | None) -> Tensor:
         """Every order at once."""
@@ -59,22 +88,21 @@ class MultiScanGLA(WholeMixer):
             raise ConfigurationError(f"a row is one grid of {tuple(self.grid)}: several cannot be packed")
         gla = self.gla
         queries, keys, values, _ = gla.project(x, None, reset)
-        parts = (queries * gla.key_dim**-0.5, keys, values, gla.log_decay(x))
-        orders = [self._ordered(part) for part in parts]
+        made = [(queries, keys, gla.log_decay(x)), *(other(x) for other in self.others)]
+        each = made if self.others else made * self.scans
+        queries, keys, log_decay = (self._ordered(list(parts)) for parts in zip(*each, strict=True))
         marks = None
         if reset is not None:
             marks = torch.cat([reset, reversed_reset(reset)]) if self.scans == 2 else reset
-        outputs, _ = linear_attention(*orders, reset=marks)
+        values = self._ordered([values] * self.scans)
+        outputs, _ = linear_attention(queries * gla.key_dim**-0.5, keys, values, log_decay, reset=marks)
         return gla.read_out(self._gathered(outputs), x)
 
-    def _ordered(self, x: Tensor) -> Tensor:
-        """The sequence in every order, stacked along the batch."""
-        found = [x]
-        if self.scans == 4:
-            found.append(self._turned(x, on=True))
-        if self.scans > 1:
-            found += [one.flip(1) for one in found]
-        return torch.cat(found)
+    def _ordered(self, parts: list[Tensor]) -> Tensor:
+        """One tensor for each order, put in that order, stacked along the batch."""
+        half = max(1, self.scans // 2)
+        found = [self._turned(part, on=True) if index % half else part for index, part in enumerate(parts)]
+        return torch.cat([part.flip(1) if index >= half else part for index, part in enumerate(found)])
 
     def _gathered(self, y: Tensor) -> Tensor:
         """The outputs of all orders at their places, summed."""
