@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ostinato.ops.checks import HALF
 from ostinato.ops.kernels.triton import delta_rule_launch as launches
+from ostinato.ops.kernels.triton.delta_rule_plan import Plan, plan
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import without_second_derivative
 from ostinato.ops.kernels.triton.tuned import tuned
 
@@ -58,10 +60,10 @@ def declines(queries: Tensor, *_: object) -> str | None:
     return "a single step needs no chunks" if queries.shape[1] == 1 else None
 
 
-def _plan(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor | None) -> launches.Plan:
+def _plan(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor | None) -> Plan:
     channels = _by_channel(log_decay)
-    plan = launches.plan(queries, keys, values, channels=channels)
-    return tuned("delta_rule", plan, queries.dtype, queries.shape[-1], values.shape[-1], channels)
+    found = plan(queries, keys, values, channels=channels)
+    return tuned("delta_rule", found, queries.dtype, queries.shape[-1], values.shape[-1], channels)
 
 
 def _by_channel(log_decay: Tensor | None) -> bool:
@@ -96,14 +98,7 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    reset: Tensor | None,
-    normalize: bool,
+    queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor | None, log_decay: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = _plan(queries, keys, values, log_decay)
     outputs = values.new_empty(p.batch, p.tokens, p.heads, p.value_dim)
@@ -155,15 +150,7 @@ def _(
     values: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
-    state: Tensor | None,
-    reset: Tensor | None,
-    inverse: Tensor,
-    scores: Tensor,
-    factors: Tensor,
-    carried: Tensor,
-    segment_states: Tensor,
-    transitions: Tensor,
-    normalize: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, key_dim = queries.shape
 
@@ -195,15 +182,15 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, *_: 
         grad = values.new_zeros(*queries.shape[:3], values.shape[-1])
     if grad_last is not None:
         grad_last = grad_last.contiguous()
-    found = _backward(
-        grad.contiguous(), grad_last, queries, keys, values, beta, log_decay, state, reset, *kept, ctx.normalize
-    )
+    inputs = (queries, keys, values, beta, log_decay, state, reset)
+    found = call_once(_backward, grad.contiguous(), grad_last, *inputs, *kept, ctx.normalize)
     given = (queries, keys, values, beta, log_decay, state)
     grads = (None if x is None else g.to(x.dtype) for x, g in zip(given, found, strict=True))
     return *grads, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_apply = eagerly(_forward, _save, _differentiate)
 
 
 def run(
@@ -224,7 +211,7 @@ def run(
     def dense(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.contiguous()
 
-    outputs, last, *_ = _forward(
+    outputs, last, *_ = _apply(
         queries.contiguous(),
         keys.contiguous(),
         values.contiguous(),

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import ostinato.ops.kernels.triton.exponential_attention_launch as launches
 from ostinato.ops.exponential_attention import ExponentialState
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.exponential_attention_backward import chunk_gradients_kernel, shares_kernel
 from ostinato.ops.kernels.triton.exponential_attention_gates import gate_gradients_kernel
 from ostinato.ops.kernels.triton.exponential_attention_launch import WIDEST
@@ -283,11 +284,13 @@ def _differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None,
     *inputs, outputs, last, last_sum, entering, entering_sum, per_token, maxima, first, carried = ctx.saved_tensors
     kept = (outputs, last, last_sum, entering, entering_sum, per_token, maxima, first, carried)
     grads, *of_state = cotangents[:4]
-    found = _backward(torch.zeros_like(outputs) if grads is None else grads, *of_state, *inputs, ctx.eps, *kept)
+    grads = torch.zeros_like(outputs) if grads is None else grads
+    found = call_once(_backward, grads, *of_state, *inputs, ctx.eps, *kept)
     return *found[:5], *((None,) * 3 if inputs[5] is None else found[5:]), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_attend = eagerly(_forward, _save, _differentiate)
 
 
 def _padded(tensor: Tensor | None, *channels: int) -> Tensor | None:
@@ -316,7 +319,7 @@ def run(
     unit = 16 // dtype.itemsize
     k, v = -(-key_dim // unit) * unit, -(-value_dim // unit) * unit
     memory, normalizer, maximum = (None, None, None) if state is None else (part.float() for part in state)
-    outputs, memory, normalizer, maximum, *_ = _forward(
+    outputs, memory, normalizer, maximum, *_ = _attend(
         _padded(queries.to(dtype), k),
         _padded(keys.to(dtype), k),
         _padded(values.to(dtype), v),

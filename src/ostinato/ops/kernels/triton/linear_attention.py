@@ -18,6 +18,7 @@ from torch import Tensor
 from ostinato.ops.checks import HALF, accumulation_dtype
 from ostinato.ops.kernels.triton import linear_attention_channels_launch as channels
 from ostinato.ops.kernels.triton import linear_attention_heads as heads
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import without_second_derivative
 
 LARGEST = 256
@@ -120,7 +121,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> t
     queries, keys, values, log_decay, state, reset = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(values)
-    gradients = backward(queries, keys, values, log_decay, state, reset, grad, grad_last)
+    gradients = call_once(backward, queries, keys, values, log_decay, state, reset, grad, grad_last)
     of_decay = None if log_decay is None else gradients[3]
     of_state = None if state is None else gradients[4]
     return *gradients[:3], of_decay, of_state, None
@@ -128,6 +129,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> t
 
 forward.register_autograd(_differentiate, setup_context=_keep)
 without_second_derivative(backward)
+_attend = eagerly(forward, _keep, _differentiate)
 
 
 def run(
@@ -140,4 +142,4 @@ def run(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """The route: what `linear_attention`'s other routes compute. The kernels choose their own chunks."""
-    return forward(queries, keys, values, log_decay, state, reset)
+    return _attend(queries, keys, values, log_decay, state, reset)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import without_second_derivative
 
 _STEPS, _CHANNELS, _WIDEST = 128, 64, 16
@@ -158,12 +159,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, state, reset = ctx.saved_tensors
-    grad_x, grad_state, rows = convolve_backward(grad, x, weight, state, reset)
+    grad_x, grad_state, rows = call_once(convolve_backward, grad, x, weight, state, reset)
     grad_bias = None if ctx.bias_dtype is None else rows[-1].to(ctx.bias_dtype)
     return grad_x, rows[:-1].to(weight.dtype), grad_bias, grad_state, None
 
 
 convolve.register_autograd(_gradients, setup_context=_setup)
+_convolve = eagerly(convolve, _setup, _gradients)
 
 
 def refuses(inputs: Tensor, weight: Tensor, *_: Any) -> str | None:
@@ -184,4 +186,4 @@ def declines(*_: Any) -> str | None:
 
 def run(inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, reset: Tensor | None) -> Tensor:
     """The route."""
-    return convolve(inputs, weight, bias, state, reset)
+    return _convolve(inputs, weight, bias, state, reset)
