@@ -155,13 +155,13 @@ def test_head_dimensions(device: torch.device, dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_segments(device: torch.device, decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One head alone is walked in segments, whose entering states are found by the maps of the earlier ones."""
-    from ostinato.ops.kernels.triton import delta_rule_launch
+    from ostinato.ops.kernels.triton import delta_rule_plan
 
-    monkeypatch.setattr(delta_rule_launch, "SEGMENTED", True)
+    monkeypatch.setattr(delta_rule_plan, "SEGMENTED", True)
     time = 300 if INTERPRETED else 65_536
     arguments = problem(device, time, decay, sizes=(1, 1, 16, 16))
     q, k, v = arguments[:3]
-    assert delta_rule_launch.plan(q, k, v, channels=decay == "vector").segments > 1
+    assert delta_rule_plan.plan(q, k, v, channels=decay == "vector").segments > 1
     reset = torch.rand(1, time, device=device) < 2e-3
     assert_exact(arguments, FLOAT32, normalize=True, reset=reset)
 

@@ -152,7 +152,7 @@ def _(
     log_decay: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, key_dim = queries.shape
+    batch, heads, key_dim = (queries.shape[axis] for axis in (0, 2, 3))
 
     def wide(*shape: int) -> Tensor:
         return queries.new_empty(shape, dtype=torch.float32)

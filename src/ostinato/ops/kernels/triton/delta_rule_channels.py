@@ -20,14 +20,17 @@ import triton
 import triton.language as tl
 
 from ostinato.ops.kernels.triton.chunk_parts import FORGETS, last_of
-from ostinato.ops.kernels.triton.delta_rule_chunks import (
+from ostinato.ops.kernels.triton.delta_rule_parts import (
     ASK,
-    EPS,
     RATE,
     READ,
     ROWS,
     WRITE,
-    token_decays,
+    lengths,
+    load_rates,
+    offsets,
+    places,
+    segments,
     unit_lower_inverse,
 )
 
@@ -43,25 +46,24 @@ def cumulate(
     chunks,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
+    C: tl.constexpr,
+    MICRO: tl.constexpr,
     BQ: tl.constexpr,
     RESET: tl.constexpr,
 ):
     """G of every token, (…, chunks, BQ, K), and the states' factors. Grid: (key blocks, chunks, batch × heads)."""
     n = tl.program_id(1)
     pair = tl.program_id(2)
-    batch = (pair // heads).to(tl.int64)
     chunk = pair.to(tl.int64) * chunks + n
+    first, _, origin, _, token_in = places(n, pair, tokens, heads, C, MICRO, BQ)
     token = tl.arange(0, BQ)
     key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
-    origin = ((batch * tokens + n * TOKENS) * heads + pair % heads).to(tl.int64)
-    place = origin * K + token[:, None] * (heads * K) + key[None, :]
+    place = offsets(origin, token, key, heads, K)
     decay = tl.load(log_decay + place, mask=token_in[:, None] & (key < K)[None, :], other=0.0).to(tl.float32)
     decay = tl.maximum(decay, FORGETS)
     keeps = 1.0
     if RESET:
-        begins = tl.load(reset + batch * tokens + n * TOKENS + token, mask=token_in, other=0).to(tl.int32)
+        begins = tl.load(reset + first + token, mask=token_in, other=0).to(tl.int32)
         decay = tl.where((begins > 0)[:, None], 0.0, decay)
         keeps = tl.where(tl.sum(begins, 0) == 0, 1.0, 0.0)
     total = tl.cumsum(decay.to(totals.dtype.element_ty), 0)
@@ -82,15 +84,6 @@ def load_totals(totals, token, key, SIZE: tl.constexpr, K: tl.constexpr):
 def load_scaled(place, mask, scale):
     """A tile of keys or queries in float32, each row times its scale."""
     return tl.load(place, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
-
-
-@triton.jit
-def lengths(place, mask, ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
-    """What each row of a tile is to be multiplied by: one over its length, or 1."""
-    if NORMALIZE:
-        wide = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        return tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
-    return tl.full([ROWS], 1.0, tl.float32)
 
 
 @triton.jit
@@ -144,35 +137,23 @@ def prepare(
     dtype = keys.dtype.element_ty
     n = tl.program_id(0)
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = pair % heads
     chunk = pair.to(tl.int64) * chunks + n
-    steps = tokens * MICRO
+    first, start, origin, row_in, token_in = places(n, pair, tokens, heads, C, MICRO, BQ)
     row = tl.arange(0, C)
     token = tl.arange(0, BQ)
     key = tl.arange(0, BK)
     key_in = (key < K)[None, :]
     row_token = row // MICRO
-    row_in = (row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps)
-    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
-    start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
-    origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
-    flags = reset + batch * tokens + n * TOKENS
-    begins = row_in & (row % MICRO == 0)
-    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
-    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
+    segment, _ = segments(reset + first, row_token, row_in & (row % MICRO == 0), RESET)
+    query_segment, _ = segments(reset + first, token, token_in, RESET)
 
-    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
-    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+    key_offset = offsets(start, row, key, heads, K)
+    query_offset = offsets(origin, token, key, heads, K)
     k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0).to(tl.float32)
     q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0).to(tl.float32)
-    if NORMALIZE:
-        k *= tl.rsqrt(tl.sum(k * k, 1) + EPS)[:, None]
-        q *= tl.rsqrt(tl.sum(q * q, 1) + EPS)[:, None]
-    if BETA:
-        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
-    else:
-        rate = row_in.to(tl.float32)
+    k *= lengths(k, C, NORMALIZE)[:, None]
+    q *= lengths(q, BQ, NORMALIZE)[:, None]
+    rate = load_rates(beta, start, row, row_in, heads, BETA)
 
     totals += chunk * (BQ * K)
     total = load_totals(totals, row_token, key, BQ, K)
@@ -252,34 +233,23 @@ def gradients(
     dtype = keys.dtype.element_ty
     n = tl.program_id(0)
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = pair % heads
     chunk = pair.to(tl.int64) * chunks + n
-    steps = tokens * MICRO
+    first, start, origin, row_in, token_in = places(n, pair, tokens, heads, C, MICRO, BQ)
     row = tl.arange(0, C)
     token = tl.arange(0, BQ)
     key = tl.arange(0, BK)
     key_in = (key < K)[None, :]
     row_token = row // MICRO
-    row_in = (row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps)
-    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
-    start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
-    origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
 
-    flags = reset + batch * tokens + n * TOKENS
-    begins = row_in & (row % MICRO == 0)
-    _, segment = token_decays(totals, flags, row_token, row_token, begins, False, RESET)
-    _, query_segment = token_decays(totals, flags, token, token, token_in, False, RESET)
-    if BETA:
-        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
-    else:
-        rate = row_in.to(tl.float32)
-    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+    segment, _ = segments(reset + first, row_token, row_in & (row % MICRO == 0), RESET)
+    query_segment, _ = segments(reset + first, token, token_in, RESET)
+    rate = load_rates(beta, start, row, row_in, heads, BETA)
+    key_offset = offsets(start, row, key, heads, K)
     key_mask = row_in[:, None] & key_in
-    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+    query_offset = offsets(origin, token, key, heads, K)
     query_mask = token_in[:, None] & key_in
-    key_scale = lengths(keys + key_offset, key_mask, C, NORMALIZE)
-    query_scale = lengths(queries + query_offset, query_mask, BQ, NORMALIZE)
+    key_scale = lengths(tl.load(keys + key_offset, mask=key_mask, other=0.0), C, NORMALIZE)
+    query_scale = lengths(tl.load(queries + query_offset, mask=query_mask, other=0.0), BQ, NORMALIZE)
     totals += chunk * (BQ * K)
 
     # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what of the rows before
@@ -296,8 +266,8 @@ def gradients(
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
-        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+        value_offset = offsets(start, row, value, heads, V)
+        output_offset = offsets(origin, token, value, heads, V)
         state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
         state = tl.load(entering + state_offset, mask=(key < K)[:, None] & value_in, other=0.0)
@@ -332,7 +302,7 @@ def gradients(
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
         inside = row_in[:, None] & (value < V)[None, :]
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        value_offset = offsets(start, row, value, heads, V)
         written = tl.load(fresh + value_offset, mask=inside, other=0.0)
         target = tl.load(residual + value_offset, mask=inside, other=0.0)
         to_lower = tl.dot(target, tl.trans(written), to_lower, input_precision=PRECISION)
@@ -366,7 +336,7 @@ def gradients(
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        value_offset = offsets(start, row, value, heads, V)
         state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         target = tl.load(residual + value_offset, mask=row_in[:, None] & value_in, other=0.0)
         state = tl.load(entering + state_offset, mask=(key < K)[:, None] & value_in, other=0.0)
@@ -392,7 +362,7 @@ def gradients(
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        value_offset = offsets(start, row, value, heads, V)
         state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         state_in = (key < K)[:, None] & value_in
         written = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0)
@@ -409,7 +379,7 @@ def gradients(
     change = tl.dot(1.0 - reads, k * of_state, change, input_precision=PRECISION)
     change += (tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * kept_state)[None, :]
     if RESET:
-        begin = tl.load(flags + token, mask=token_in, other=0)
+        begin = tl.load(reset + first + token, mask=token_in, other=0)
         change = tl.where((begin != 0)[:, None], 0.0, change)
     tl.debug_barrier()
     tl.store(grad_decay + query_offset, change, mask=query_mask)

@@ -12,9 +12,6 @@ After the walk back, with the walk's S, dS', r and e: y = P u + … and r = v �
 and the gradients of keys, queries and decays are those of the formulas above. The gradient of G_i is what row i of A
 and P weighs, less what column i weighs; that of a log-decay sums over the rows from its own on.
 
-The inverse is by substitution in blocks of 16 rows, and by X ← X − X M X from there, M what lies below the blocks:
-never a power series, which loses everything where keys are nearly parallel.
-
 Source: Parallel DeltaNet (arXiv 2406.06484), section 3 and appendix; Gated DeltaNet (arXiv 2412.06464), section 3.
 """
 
@@ -24,53 +21,30 @@ import triton
 import triton.language as tl
 
 from ostinato.ops.kernels.triton.chunk_parts import FORGETS, last_of
-
-# The factors of a chunk's rows, in this order: a, b, β, and c (of its tokens).
-READ, WRITE, RATE, ASK = (tl.constexpr(i) for i in range(4))
-ROWS = tl.constexpr(4)
-
-EPS = tl.constexpr(1e-6)
-"""Under the root of a key's length, as in the formula of the plain routes."""
-
-
-@triton.jit
-def unit_lower_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)⁻¹ of a strictly lower triangular L, (C, C)."""
-    BLOCKS: tl.constexpr = C // 16
-    block = tl.arange(0, BLOCKS)
-    small = tl.arange(0, 16)
-    same = block[:, None, None, None] == block[None, None, :, None]
-    parts = tl.reshape(lower, (BLOCKS, 16, BLOCKS, 16))
-    columns = tl.trans(tl.sum(tl.where(same, parts, 0.0), axis=2), (0, 2, 1))
-    solved = (small[None, :, None] == small[None, None, :]).to(tl.float32) + tl.zeros([BLOCKS, 16, 16], tl.float32)
-    for i in range(1, 16):
-        weight = tl.sum(tl.where(small[None, None, :] == i, columns, 0.0), axis=2)
-        known = tl.sum(weight[:, :, None] * solved, axis=1)
-        solved = tl.where(small[None, :, None] == i, solved - known[:, None, :], solved)
-    inverse = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (C, C))
-    row = tl.arange(0, C)[:, None]
-    column = tl.arange(0, C)[None, :]
-    for level in tl.static_range(5):
-        if 16 * 2**level < C:
-            below = (row // (16 * 2**level) != column // (16 * 2**level)) & (
-                row // (32 * 2**level) == column // (32 * 2**level)
-            )
-            right = tl.dot(tl.where(below, lower, 0.0), inverse, input_precision=PRECISION)
-            inverse -= tl.dot(inverse, right, input_precision=PRECISION)
-    return inverse
+from ostinato.ops.kernels.triton.delta_rule_parts import (
+    ASK,
+    RATE,
+    READ,
+    ROWS,
+    WRITE,
+    lengths,
+    load_rates,
+    offsets,
+    places,
+    segments,
+    unit_lower_inverse,
+)
 
 
 @triton.jit
 def token_decays(log_decay, reset, position, place, taken, DECAY: tl.constexpr, RESET: tl.constexpr):
     """Log-decays and the numbers of segments at `position` of a chunk; (0, 0) where not `taken`."""
-    segment = tl.zeros(position.shape, tl.int32)
     decay = tl.zeros(position.shape, tl.float32)
     if DECAY:
         decay = tl.maximum(tl.load(log_decay + place, mask=taken, other=0.0).to(tl.float32), FORGETS)
+    segment, begins = segments(reset, position, taken, RESET)
     if RESET:
-        begins = tl.load(reset + position, mask=taken, other=0).to(tl.int32)
         decay = tl.where(begins > 0, 0.0, decay)
-        segment = tl.cumsum(begins, 0)
     return decay, segment
 
 
@@ -142,24 +116,17 @@ def prepare(
     SOLVE: tl.constexpr,
 ):
     """Y, P, the row factors a, b, β, c and d of every chunk. Grid: (chunks, batch × heads)."""
-    TOKENS: tl.constexpr = C // MICRO
     n = tl.program_id(0)
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = pair % heads
     chunk = pair.to(tl.int64) * chunks + n
-    steps = tokens * MICRO
+    first, start, origin, row_in, token_in = places(n, pair, tokens, heads, C, MICRO, BQ)
     row = tl.arange(0, C)
     token = tl.arange(0, BQ)
     key = tl.arange(0, BK)
     row_token = row // MICRO
-    row_in = (row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps)
-    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
-    start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
-    origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
 
     begins = row_in & (row % MICRO == 0)
-    flags = reset + batch * tokens + n * TOKENS
+    flags = reset + first
     decay, segment = token_decays(log_decay + origin, flags, row_token, row_token * heads, begins, DECAY, RESET)
     total, entered, left, through = row_decays(decay, segment, row_token, C, EXACT, DECAY)
     if MICRO == 1:
@@ -172,22 +139,12 @@ def prepare(
         )
         query_total = tl.cumsum(query_decay, 0)
 
-    place = start * K + row[:, None] * (heads * K) + key[None, :]
-    k = tl.load(keys + place, mask=row_in[:, None] & (key < K)[None, :], other=0.0)
-    place = origin * K + token[:, None] * (heads * K) + key[None, :]
-    q = tl.load(queries + place, mask=token_in[:, None] & (key < K)[None, :], other=0.0)
-    if BETA:
-        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
-    else:
-        rate = row_in.to(tl.float32)
-    if NORMALIZE:
-        wide = k.to(tl.float32)
-        key_scale = tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
-        wide_query = q.to(tl.float32)
-        query_scale = tl.rsqrt(tl.sum(wide_query * wide_query, 1) + EPS)
-    else:
-        key_scale = tl.full([C], 1.0, tl.float32)
-        query_scale = tl.full([BQ], 1.0, tl.float32)
+    key_in = (key < K)[None, :]
+    k = tl.load(keys + offsets(start, row, key, heads, K), mask=row_in[:, None] & key_in, other=0.0)
+    q = tl.load(queries + offsets(origin, token, key, heads, K), mask=token_in[:, None] & key_in, other=0.0)
+    rate = load_rates(beta, start, row, row_in, heads, BETA)
+    key_scale = lengths(k, C, NORMALIZE)
+    query_scale = lengths(q, BQ, NORMALIZE)
 
     kept = (row[:, None] > row[None, :]) & (segment[:, None] == segment[None, :])
     lower = tl.dot(k, tl.trans(k), input_precision=PRECISION) * key_scale[:, None] * key_scale[None, :]
@@ -257,26 +214,19 @@ def gradients(
     STAGES: tl.constexpr,
 ):
     """The gradients of all inputs from what the walks left behind. Grid: (chunks, batch × heads)."""
-    TOKENS: tl.constexpr = C // MICRO
     dtype = keys.dtype.element_ty
     n = tl.program_id(0)
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = pair % heads
     chunk = pair.to(tl.int64) * chunks + n
-    steps = tokens * MICRO
+    first, start, origin, row_in, token_in = places(n, pair, tokens, heads, C, MICRO, BQ)
     row = tl.arange(0, C)
     token = tl.arange(0, BQ)
     key = tl.arange(0, BK)
     key_in = (key < K)[None, :]
     row_token = row // MICRO
-    row_in = (row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps)
-    token_in = (token < TOKENS) & (n * TOKENS + token < tokens)
-    start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
-    origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
 
     begins = row_in & (row % MICRO == 0)
-    flags = reset + batch * tokens + n * TOKENS
+    flags = reset + first
     decay, segment = token_decays(log_decay + origin, flags, row_token, row_token * heads, begins, DECAY, RESET)
     total, entered, left, through = row_decays(decay, segment, row_token, C, EXACT, DECAY)
     if MICRO == 1:
@@ -290,12 +240,9 @@ def gradients(
         query_total = tl.cumsum(query_decay, 0)
     query_entered = tl.exp(query_total) if DECAY else tl.full([BQ], 1.0, tl.float32)
     query_entered = tl.where(query_segment == 0, query_entered, 0.0)
-    if BETA:
-        rate = tl.load(beta + start + row * heads, mask=row_in, other=0.0).to(tl.float32)
-    else:
-        rate = row_in.to(tl.float32)
-    key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
-    query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+    rate = load_rates(beta, start, row, row_in, heads, BETA)
+    key_offset = offsets(start, row, key, heads, K)
+    query_offset = offsets(origin, token, key, heads, K)
 
     # First what reads: the queries, of the entering state and of the scores. Each part loads anew what it needs of
     # queries and keys: registers are short.
@@ -304,8 +251,8 @@ def gradients(
     for block in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
-        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+        value_offset = offsets(start, row, value, heads, V)
+        output_offset = offsets(origin, token, value, heads, V)
         state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         grad_output = tl.load(grad_outputs + output_offset, mask=token_in[:, None] & value_in, other=0.0)
         state = tl.load(entering + state_offset, mask=(key < K)[:, None] & value_in, other=0.0)
@@ -314,14 +261,8 @@ def gradients(
         to_score = tl.dot(grad_output, tl.trans(written), to_score, input_precision=PRECISION)
     k = tl.load(keys + key_offset, mask=row_in[:, None] & key_in, other=0.0)
     q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0)
-    if NORMALIZE:
-        wide_key = k.to(tl.float32)
-        key_scale = tl.rsqrt(tl.sum(wide_key * wide_key, 1) + EPS)
-        wide_query = q.to(tl.float32)
-        query_scale = tl.rsqrt(tl.sum(wide_query * wide_query, 1) + EPS)
-    else:
-        key_scale = tl.full([C], 1.0, tl.float32)
-        query_scale = tl.full([BQ], 1.0, tl.float32)
+    key_scale = lengths(k, C, NORMALIZE)
+    query_scale = lengths(q, BQ, NORMALIZE)
     to_query *= (query_entered * query_scale)[:, None]
     kept = (token[:, None] >= row_token[None, :]) & (query_segment[:, None] == segment[None, :])
     to_score = tl.where(kept, to_score * rate[None, :], 0.0)
@@ -348,7 +289,7 @@ def gradients(
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
         inside = row_in[:, None] & value_in
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        value_offset = offsets(start, row, value, heads, V)
         state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         excess = tl.load(fresh + value_offset, mask=inside, other=0.0)
         target = tl.load(residual + value_offset, mask=inside, other=0.0)
@@ -382,7 +323,7 @@ def gradients(
         value = block * BV + tl.arange(0, BV)
         value_in = (value < V)[None, :]
         state_in = (key < K)[:, None] & value_in
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        value_offset = offsets(start, row, value, heads, V)
         state_offset = chunk * (K * V) + key[:, None] * V + value[None, :]
         excess = tl.load(fresh + value_offset, mask=row_in[:, None] & value_in, other=0.0).to(tl.float32)
         grad_state = tl.load(leaving + state_offset, mask=state_in, other=0.0)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.delta_rule_chunks import ASK, RATE, READ, ROWS, WRITE
+from ostinato.ops.kernels.triton.delta_rule_parts import ASK, RATE, READ, ROWS, WRITE, offsets, places
 
 
 @triton.jit
@@ -86,12 +86,9 @@ def walk(
     the state starts as the identity, so that the last state is the segment's transition matrix (V = K). TIED says that
     one key reads and writes, CHANNELS that each key channel has a factor d of its own.
     """
-    TOKENS: tl.constexpr = C // MICRO
     pair = tl.program_id(1)
     segment = tl.program_id(2)
     segments = tl.num_programs(2)
-    batch = (pair // heads).to(tl.int64)
-    head = pair % heads
     dtype = reading.dtype.element_ty
     row = tl.arange(0, C)
     token = tl.arange(0, BQ)
@@ -99,7 +96,6 @@ def walk(
     value = tl.program_id(0) * BV + tl.arange(0, BV)
     key_in = (key < K)[None, :]
     value_in = (value < V)[None, :]
-    steps = tokens * MICRO
     place = pair.to(tl.int64) * segments + segment
     if TRANSITION:
         state = (key[:, None] == value[None, :]).to(tl.float32)
@@ -112,9 +108,9 @@ def walk(
     count = pair.to(tl.int64) * chunks
     for n in tl.range(first, tl.minimum(first + per_segment, chunks), num_stages=STAGES):
         chunk = count + n
-        row_in = ((row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps))[:, None]
-        start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
-        key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+        _, start, origin, row_in, token_in = places(n, pair, tokens, heads, C, MICRO, BQ)
+        row_in, token_in = row_in[:, None], token_in[:, None]
+        key_offset = offsets(start, row, key, heads, K)
         read = tl.load(reading + key_offset, mask=row_in & key_in, other=0.0)
         solve = tl.load(inverse + chunk * (C * C) + row[:, None] * C + row[None, :])
         factor = factors + chunk * (ROWS * C) + row
@@ -124,7 +120,7 @@ def walk(
         if KEEP:
             store_state(entering, chunk, key, value, half, K, V)
         excess = -read_factor * tl.dot(read, half, input_precision=PRECISION)
-        value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+        value_offset = offsets(start, row, value, heads, V)
         if not TRANSITION:
             excess += tl.load(values + value_offset, mask=row_in & value_in, other=0.0).to(tl.float32)
         rate = tl.load(factor + RATE * C)[:, None]
@@ -133,15 +129,13 @@ def walk(
             tl.store(fresh + value_offset, excess.to(dtype), mask=row_in & value_in)
         written = rate * excess
         if OUTPUT:
-            token_in = ((token < TOKENS) & (n * TOKENS + token < tokens))[:, None]
-            origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
-            query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+            query_offset = offsets(origin, token, key, heads, K)
             query = tl.load(queries + query_offset, mask=token_in & key_in, other=0.0)
             score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :])
             query_factor = tl.load(factors + chunk * (ROWS * C) + ASK * C + token, mask=token < C, other=0.0)[:, None]
             output = query_factor * tl.dot(query, half, input_precision=PRECISION)
             output = tl.dot(score, written.to(dtype), output, input_precision=PRECISION)
-            output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+            output_offset = offsets(origin, token, value, heads, V)
             tl.store(outputs + output_offset, output.to(dtype), mask=token_in & value_in)
         if CHANNELS:
             state *= tl.load(carried + chunk * K + key, mask=key < K, other=0.0)[:, None]
@@ -185,12 +179,9 @@ def walk_back(
     STAGES: tl.constexpr,
 ):
     """The walk from the last chunk to the first: writes e, and dS' of each chunk, with KEEP; dS of the first."""
-    TOKENS: tl.constexpr = C // MICRO
     pair = tl.program_id(1)
     segment = tl.program_id(2)
     segments = tl.num_programs(2)
-    batch = (pair // heads).to(tl.int64)
-    head = pair % heads
     dtype = reading.dtype.element_ty
     row = tl.arange(0, C)
     token = tl.arange(0, BQ)
@@ -198,7 +189,6 @@ def walk_back(
     value = tl.program_id(0) * BV + tl.arange(0, BV)
     key_in = (key < K)[None, :]
     value_in = (value < V)[None, :]
-    steps = tokens * MICRO
     place = pair.to(tl.int64) * segments + segment
     if FINAL:
         grad = load_state(grad_final, place, key, value, K, V).to(tl.float32)
@@ -211,21 +201,19 @@ def walk_back(
     for back in tl.range(0, last - first, num_stages=STAGES):
         n = last - 1 - back
         chunk = count + n
-        row_in = ((row < TOKENS * MICRO) & (n * (TOKENS * MICRO) + row < steps))[:, None]
-        start = ((batch * steps + n * (TOKENS * MICRO)) * heads + head).to(tl.int64)
-        key_offset = start * K + row[:, None] * (heads * K) + key[None, :]
+        _, start, origin, row_in, token_in = places(n, pair, tokens, heads, C, MICRO, BQ)
+        row_in, token_in = row_in[:, None], token_in[:, None]
+        key_offset = offsets(start, row, key, heads, K)
         write = tl.load(writing + key_offset, mask=row_in & key_in, other=0.0)
         solve = tl.load(inverse + chunk * (C * C) + row[:, None] * C + row[None, :])
         factor = factors + chunk * (ROWS * C) + row
         read_factor = tl.load(factor + READ * C)[:, None]
         write_factor = tl.load(factor + WRITE * C)[:, None]
-        token_in = ((token < TOKENS) & (n * TOKENS + token < tokens))[:, None]
-        origin = ((batch * tokens + n * TOKENS) * heads + head).to(tl.int64)
-        query_offset = origin * K + token[:, None] * (heads * K) + key[None, :]
+        query_offset = offsets(origin, token, key, heads, K)
         query = tl.load(queries + query_offset, mask=token_in & key_in, other=0.0)
         score = tl.load(scores + chunk * (BQ * C) + token[:, None] * C + row[None, :])
         query_factor = tl.load(factors + chunk * (ROWS * C) + ASK * C + token, mask=token < C, other=0.0)[:, None]
-        output_offset = origin * V + token[:, None] * (heads * V) + value[None, :]
+        output_offset = offsets(origin, token, value, heads, V)
         grad_output = tl.load(grad_outputs + output_offset, mask=token_in & value_in, other=0.0)
         half = grad.to(dtype)
         if KEEP:
@@ -235,7 +223,7 @@ def walk_back(
         rate = tl.load(factor + RATE * C)[:, None]
         target = tl.dot(tl.trans(solve), (-rate * written).to(dtype), written, input_precision=PRECISION)
         if KEEP:
-            value_offset = start * V + row[:, None] * (heads * V) + value[None, :]
+            value_offset = offsets(start, row, value, heads, V)
             tl.store(residual + value_offset, target.to(dtype), mask=row_in & value_in)
         if CHANNELS:
             grad *= tl.load(carried + chunk * K + key, mask=key < K, other=0.0)[:, None]
