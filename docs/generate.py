@@ -51,18 +51,22 @@ def systems_table(room: str | None = None) -> str:
     return table(["no", "system", "year", "built of", *more[0], "state", *more[1]], rows)
 
 
+def result_table(found: dict) -> str:
+    """A run's claims, and where it ran."""
+    rows = [[c["claim"], c["theirs"], c["ours"], verdict(c["holds"]), c.get("note", "")] for c in found["claims"]]
+    where = f"budget {found['budget']}, seed {found['seed']}, {found['seconds']} s, "
+    where += ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    return table(["claim", "theirs", "ours", "verdict", "note"], rows) + f"\n{where}\n\n"
+
+
 def results() -> str:
     """What committed runs found, claim by claim."""
     parts = []
     for system in catalogue.systems():
-        found = catalogue.result(system)
-        if found is None:
-            continue
-        rows = [[c["claim"], c["theirs"], c["ours"], verdict(c["holds"]), c.get("note", "")] for c in found["claims"]]
-        where = f"budget {found['budget']}, seed {found['seed']}, {found['seconds']} s, "
-        where += ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-        parts.append(f"### {system.label} {system.system}\n\n")
-        parts.append(table(["claim", "theirs", "ours", "verdict", "note"], rows) + f"\n{where}\n\n")
+        if (found := catalogue.result(system)) is not None:
+            parts.append(f"### {system.label} {system.system}\n\n" + result_table(found))
+            if (smaller := catalogue.smaller_result(system)) is not None:
+                parts.append(f"#### {system.label} at the {smaller['budget']} budget\n\n" + result_table(smaller))
     return "".join(parts) or "No run of an experiment has been committed yet.\n"
 
 

@@ -81,8 +81,10 @@ def test_numbers() -> None:
 
 
 def test_committed_results_are_well_formed() -> None:
-    for path in catalogue.results_folder().glob("[0-9][0-9].json"):
+    folder = catalogue.results_folder()
+    for path in (*folder.glob("[0-9][0-9].json"), *folder.glob("cpu/[0-9][0-9].json")):
         content = json.loads(path.read_text())
         assert content["number"] == int(path.stem)
         assert all({"claim", "theirs", "ours", "holds"} <= set(claim) for claim in content["claims"])
         assert {"budget", "seed", "seconds", "machine"} <= set(content)
+        assert path.parent == folder or (content["budget"] == "cpu" and (folder / path.name).is_file())

@@ -93,11 +93,18 @@ def results_folder() -> Path:
 
 
 def result(which: System, results: Path | None = None) -> dict[str, Any] | None:
-    """The committed result of a system, or None."""
-    path = (results or results_folder()) / f"{which.label}.json"
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The committed result of a system, at the largest budget that was run, or None."""
+    return _read(which, results or results_folder())
+
+
+def smaller_result(which: System, results: Path | None = None) -> dict[str, Any] | None:
+    """The committed result at the cpu budget of a system whose verdict comes from a larger one, or None."""
+    return _read(which, (results or results_folder()) / "cpu")
+
+
+def _read(which: System, folder: Path) -> dict[str, Any] | None:
+    path = folder / f"{which.label}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def state(which: System, results: Path | None = None, folder: Path | None = None) -> str:
