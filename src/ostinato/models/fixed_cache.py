@@ -12,7 +12,7 @@ Each step looks at the whole capacity, with what is not filled masked: its time 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -75,7 +75,8 @@ class FixedCacheDecoder(nn.Module):
         x = model.embedding(tokens)
         place = state.filled.clamp(max=self.capacity - 1)
         visible = torch.arange(self.capacity, device=x.device) <= place.unsqueeze(1)
-        for layer, block in enumerate(model.backbone.blocks):
+        blocks: list[Any] = list(model.backbone.blocks)
+        for layer, block in enumerate(blocks):
             mixed = self._attend(block.mixer, block.norm(x), state, layer, place, visible)
             x = x + mixed
             if block.channel_mixer is not None:
