@@ -97,7 +97,9 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
     value_dim = values.shape[-1]
     micro = keys.shape[1] // tokens
     half = queries.dtype in HALF
-    key_block, all_values = max(16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
+    # The matrix units of Hopper take 64 rows of half precision, here of a state. With tiles of 32 the gradients were
+    # wrong on an H100, where units of two generations shared a kernel; they are right in the interpreter.
+    key_block, all_values = max(64 if half else 16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
     large = not half or (channels and key_block > 128)
     chunk = OVERRIDES.get("chunk", 32 if large else 64)
     per_chunk = chunk // micro
