@@ -7,7 +7,6 @@ as long in which only what was written last counts. The remedies change no param
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from itertools import pairwise
 from statistics import mean
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from ostinato.analysis.state_collapse import (
     capacity,
     collapses,
-    explodes_at,
     forget_threshold,
     loss_by_position,
     recall_threshold,
@@ -29,13 +27,23 @@ from ostinato.analysis.state_collapse import (
 )
 from ostinato.mixers.forgetting import ForgetMore, StateDifferenceWindow, StateNorm, mended
 from ostinato.mixers.registry import mixer
-from ostinato.models.token_classifier import TokenClassifier
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.papers.runner import Claim, Measured, Run
+from ostinato.papers.stuffed_mamba_sweeps import (
+    bins_of,
+    builder,
+    continual_steps,
+    course,
+    listed,
+    others,
+    recall_law,
+    state_dim_of,
+    sweep,
+    trained,
+)
 from ostinato.report import Series
 from ostinato.tasks.passkey import Passkey
 from ostinato.tasks.recall_stream import RecallStream
-from ostinato.training.ensemble import fit_together
 from ostinato.training.evaluate import evaluate
 from ostinato.training.fit import fit
 from ostinato.training.state_passing import StatePassing
@@ -49,6 +57,8 @@ claims = (
     Claim("continual", "training on longer sequences teaches forgetting", theirs="370M: near-perfect passkey at 256K"),
     Claim("time course", "more training: recall rises inside the trained length and falls beyond", theirs="figure"),
     Claim("law", "the training length at which forgetting is learned grows with the state", theirs="5.172 N − 4.469"),
+    Claim("others", "HGRN2 and Mamba-1 fail likewise, RWKV-6 less", theirs="figures, released checkpoints"),
+    Claim("recall law", "the longest context with 95 % of passkeys grows with the state", theirs="exponential (L2)"),
     Claim("passkey", "the passkey is found inside the trained length, not far beyond", theirs="0 or poor"),
     Claim("passkey mended", "continual training extends passkey retrieval", theirs="8K to 256K"),
     Claim("retention", "some heads keep more than 0.997 of the first token at the trained length", theirs="3 of 8"),
@@ -58,7 +68,6 @@ claims = (
     Claim("released", "the released checkpoints collapse", theirs="130M to 1.3B"),
 )
 
-_BINS = [0, 64, 128, 256, 512, 768]
 _RETAIN = (0.995, 0.98, 0.95, 0.9)
 _INSERT = (0.75, 0.5)
 _WINDOWS = (128, 64, 48)
@@ -69,56 +78,32 @@ def experiment(run: Run) -> list[Measured]:
     steps = run.choose(smoke=2, cpu=900, gpu=1400)
     seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=3, gpu=3))]
     run.sizes.update(
-        {"width": 48, "layers": 2, "head dim": 16, "state dim": _state_dim(run), "trained length": 64, "batch": 20}
-        | {"learning rate": 4e-3, "steps": steps, "seeds": seeds, "keys": 24, "values": 16, "tested": _bins(run)}
-        | {"continual": f"{_more(run)} steps at length 512, learning rate 1.5e-3"}
+        {"width": 48, "layers": 2, "head dim": 16, "state dim": state_dim_of(run), "trained length": 64, "batch": 20}
+        | {"learning rate": 4e-3, "steps": steps, "seeds": seeds, "keys": 24, "values": 16, "tested": bins_of(run)}
+        | {"continual": f"{continual_steps(run)} steps at length 512, learning rate 1.5e-3"}
     )
     found = {seed: run.part(f"stream {seed}", _stream, steps, seed, run) for seed in seeds}
     rows = _judge_stream(run, list(found.values()))
     rows += _exact(run, [one["difference"] for one in found.values()])
     rows += _passkey(run, seeds)
-    rows += _course(run, seeds, list(found.values())) + _sweep(run, seeds)
+    rows += course(run, seeds, list(found.values())) + sweep(run, seeds)
+    rows += others(run, seeds, list(found.values())) + recall_law(run, seeds)
     rows.append(Measured("released", "not measured", None, "the checkpoints are not to be had offline"))
     return rows
 
 
-def _state_dim(run: Run) -> int:
-    return int(run.choose(smoke=8, cpu=64, gpu=64))
-
-
-def _more(run: Run) -> int:
-    return int(run.choose(smoke=1, cpu=200, gpu=400))
-
-
-def _bins(run: Run) -> list[int]:
-    return list(run.choose(smoke=[0, 32, 64, 128], cpu=_BINS, gpu=_BINS))
-
-
-def _build(run: Run, classes: int, state_dim: int) -> Callable[[int], TokenClassifier]:
-    width = run.choose(smoke=16, cpu=48, gpu=48)
-    plan = f"mamba2(heads={2 * width // 16}, state_dim={state_dim})*2"
-    return lambda seed: TokenClassifier(classes, width, plan, channel_mixer=None)
-
-
-def _trained(task: Any, build: Callable[[int], Any], steps: int, seeds: list[int], run: Run, **options: Any) -> Any:
-    settings = {"batch_size": 20, "learning_rate": 4e-3, "warmup": min(50, steps)} | options
-    return fit_together(
-        build, task, seeds, steps=steps, weight_decay=0.01, final_learning_rate=0.05, say=run.say, **settings
-    )
-
-
 def _continued(model: Any, task: Any, steps: int, seed: int, run: Run) -> Any:
     """The model itself, trained on: two long sequences a batch."""
-    (after,) = _trained(task, lambda _: model, steps, [seed], run, batch_size=2, learning_rate=1.5e-3)
+    (after,) = trained(task, lambda _: model, steps, [seed], run, batch_size=2, learning_rate=1.5e-3)
     return after
 
 
 def _stream(steps: int, seed: int, run: Run) -> dict[str, Any]:
     """One seed: trained, mended in every way, trained on. Of every arm [loss, accuracy] in each bin."""
-    bins = _bins(run)
+    bins = bins_of(run)
     task = RecallStream(tested_lengths=(bins[-1],), test_size=run.choose(smoke=4, cpu=32, gpu=256))
     batches = list(task.test_batches())
-    (model,) = _trained(task, _build(run, task.vocab_size, _state_dim(run)), steps, [seed], run)
+    (model,) = trained(task, builder(run, task.vocab_size, state_dim_of(run)), steps, [seed], run)
 
     def tested(changed: Any) -> list[list[float]]:
         return [[part["loss"], part["accuracy"]] for part in loss_by_position(changed, batches, bins)]
@@ -154,11 +139,11 @@ def _stream(steps: int, seed: int, run: Run) -> dict[str, Any]:
     }
     longer = RecallStream(length=run.choose(smoke=32, cpu=512, gpu=512), recent=12)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    arms["continual"] = tested(_continued(model, longer, _more(run), seed, run))
+    arms["continual"] = tested(_continued(model, longer, continual_steps(run), seed, run))
     model.load_state_dict(before)
     passing = StatePassing(RecallStream(length=64, recent=12, test_size=4, tested_lengths=(64,)), 8)
     options: dict[str, Any] = {"learning_rate": 1.5e-3, "weight_decay": 0.01, "seed": seed, "device": device.type}
-    fit(model, passing, steps=_more(run), batch_size=16, progress=False, evaluate_every=0, **options)
+    fit(model, passing, steps=continual_steps(run), batch_size=16, progress=False, evaluate_every=0, **options)
     arms["state passing"] = tested(model)
     return outcome
 
@@ -205,7 +190,7 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
     far = {name: [one["arms"][name][-1][0] for one in found] for name in names}
     right = {name: [one["arms"][name][-1][1] for one in found] for name in names}
     plain = "as trained"
-    bins = _bins(run)
+    bins = bins_of(run)
     middles = [(low + high) / 2 for low, high in pairwise(bins)]
     retain = min((name for name in names if name.startswith("retain")), key=lambda name: mean(far[name]))
     window = "window 64"
@@ -233,7 +218,7 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
         return 1 - (mean(far[name]) - mean(near[plain])) / rise if rise else 0.0
 
     def row(key: str, name: str, holds: bool, note: str) -> Measured:
-        ours = f"{_list(far[name])} (rise removed: {removed(name):.0%})"
+        ours = f"{listed(far[name])} (rise removed: {removed(name):.0%})"
         return Measured(key, ours, holds if judge else None, note)
 
     every = "; ".join(f"{name} {mean(near[name]):.3f} → {mean(far[name]):.2f}" for name in names)
@@ -241,9 +226,9 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
     rows = [
         Measured(
             "collapse",
-            ours=f"loss at {bins[-2]}–{bins[-1]}: {_list(far[plain])}; within: {_list(near[plain])}",
+            ours=f"loss at {bins[-2]}–{bins[-1]}: {listed(far[plain])}; within: {listed(near[plain])}",
             holds=all(b >= 3 * a for a, b in zip(near[plain], far[plain], strict=True)) if judge else None,
-            note=f"accuracy there {_list(right[plain])}; asked: 3 times the loss within. All arms, loss within → far, "
+            note=f"accuracy there {listed(right[plain])}; asked: 3 times the loss within. All arms, loss within → far, "
             f"mean of seeds: {every}",
         ),
         row("forget more", retain, removed(retain) >= 0.5, f"best of s_α {_RETAIN}, s_B 1; asked: half the rise"),
@@ -258,18 +243,18 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
             "norm",
             "bounded norm",
             removed("bounded norm") >= 0.5,
-            f"bounds, the largest norms within 64 tokens: {_list([one['norm'] for one in found])}; on fewer streams",
+            f"bounds, the largest norms within 64 tokens: {listed([one['norm'] for one in found])}; on fewer streams",
         ),
         Measured(
             "continual",
-            ours=f"{_list(far['continual'])} far, {_list(near['continual'])} within (rise removed: "
+            ours=f"{listed(far['continual'])} far, {listed(near['continual'])} within (rise removed: "
             f"{removed('continual'):.0%})",
             holds=all(b <= 2 * a for a, b in zip(near["continual"], far["continual"], strict=True))
             and mean(far["continual"]) < mean(far[plain])
             if judge
             else None,
             note="asked: at most twice the loss within, less than as trained; with state passing over 8 windows: "
-            f"{_list(far['state passing'])} far, {_list(near['state passing'])} within",
+            f"{listed(far['state passing'])} far, {listed(near['state passing'])} within",
         ),
     ]
     kept = [max(one["retention"]) for one in found]
@@ -278,7 +263,7 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
     rows += [
         Measured(
             "retention",
-            ours=f"the largest of 12 heads: {_list(kept)}",
+            ours=f"the largest of 12 heads: {listed(kept)}",
             holds=any(value > 0.997 for value in kept) if judge else None,
             note="α from token 1 to 64, mean over the test streams",
         ),
@@ -294,10 +279,6 @@ def _judge_stream(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
         ),
     ]
     return rows
-
-
-def _list(values: list[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def _exact(run: Run, differences: list[float]) -> list[Measured]:
@@ -346,7 +327,7 @@ def _passkey(run: Run, seeds: list[int]) -> list[Measured]:
     plain, after = ([one["arms"][name] for one in found] for name in ("as trained", "continual"))
     reach = [[capacity(lengths, one["arms"][name]) for one in found] for name in ("as trained", "continual")]
     others = "; ".join(
-        f"{name} {_list([mean(one['arms'][name][i] for one in found) for i in range(len(lengths))])}"
+        f"{name} {listed([mean(one['arms'][name][i] for one in found) for i in range(len(lengths))])}"
         for name in found[0]["arms"]
     )
     learned = all(one[0] >= 0.9 for one in plain)
@@ -354,8 +335,8 @@ def _passkey(run: Run, seeds: list[int]) -> list[Measured]:
     return [
         Measured(
             "passkey",
-            ours=f"at {lengths[0]}: {_list([one[0] for one in plain])}; at {lengths[-1]}: "
-            f"{_list([one[-1] for one in plain])}",
+            ours=f"at {lengths[0]}: {listed([one[0] for one in plain])}; at {lengths[-1]}: "
+            f"{listed([one[-1] for one in plain])}",
             holds=learned and all(one[-1] < 0.5 for one in plain) if judge else None,
             note=f"lengths {lengths}: {others}; digits right at {lengths[-1]} as trained, by depth: {deep}",
         ),
@@ -363,8 +344,8 @@ def _passkey(run: Run, seeds: list[int]) -> list[Measured]:
             "passkey mended",
             ours=f"95% up to {reach[1]} tokens, before up to {reach[0]}",
             holds=mean(one[-1] for one in after) > mean(one[-1] for one in plain) + 0.2 if judge else None,
-            note=f"{_more(run)} steps at length 512; asked: at {lengths[-1]} tokens 0.2 more than as trained: "
-            f"{_list([one[-1] for one in after])}",
+            note=f"{continual_steps(run)} steps at length 512; asked: at {lengths[-1]} tokens 0.2 more than as "
+            f"trained: {listed([one[-1] for one in after])}",
         ),
     ]
 
@@ -372,7 +353,7 @@ def _passkey(run: Run, seeds: list[int]) -> list[Measured]:
 def _train_passkey(steps: int, seed: int, run: Run) -> dict[str, Any]:
     lengths = run.choose(smoke=(32, 64), cpu=(64, 128, 256, 512, 1024), gpu=(64, 128, 256, 512, 1024, 2048))
     task = Passkey(length=lengths[0], tested_lengths=lengths, test_size=run.choose(smoke=4, cpu=64, gpu=256))
-    (model,) = _trained(task, _build(run, task.vocab_size, _state_dim(run)), steps, [seed], run)
+    (model,) = trained(task, builder(run, task.vocab_size, state_dim_of(run)), steps, [seed], run)
 
     def tested(changed: Any) -> list[float]:
         scores = evaluate(changed, task)
@@ -392,76 +373,5 @@ def _train_passkey(steps: int, seed: int, run: Run) -> dict[str, Any]:
         if name.startswith("accuracy at depth") and name.endswith(end)
     }
     longer = Passkey(length=run.choose(smoke=48, cpu=512, gpu=512))
-    arms["continual"] = tested(_continued(model, longer, _more(run), seed, run))
+    arms["continual"] = tested(_continued(model, longer, continual_steps(run), seed, run))
     return {"lengths": list(lengths), "arms": arms, "depths": depths}
-
-
-def _course(run: Run, seeds: list[int], found: list[dict[str, Any]]) -> list[Measured]:
-    """Earlier ends of training, each with a schedule of its own."""
-    if run.budget != "gpu":
-        return [Measured("time course", "not measured", None, "trained in the gpu budget")]
-    ends = (200, 400, 800)
-    course = {end: run.part(f"course {end}", _until, end, seeds, run) for end in ends}
-    course[1400] = [[one["arms"]["as trained"][0][1], one["arms"]["as trained"][-1][1]] for one in found]
-    within = [mean(pair[0] for pair in course[end]) for end in course]
-    far = [mean(pair[1] for pair in course[end]) for end in course]
-    return [
-        Measured(
-            "time course",
-            ours=f"accuracy within {_list(within)}; far {_list(far)}",
-            holds=within[-1] > within[0] and far[-1] < max(far) - 0.02,
-            note=f"after {', '.join(map(str, course))} steps, mean of {len(seeds)} seeds; asked: a fall of 0.02 beyond",
-        )
-    ]
-
-
-def _until(steps: int, seeds: list[int], run: Run, state_dim: int = 64, length: int = 64) -> list[list[float]]:
-    """Of every seed [accuracy within, far, loss within, far], where within is the trained length."""
-    bins = [0, length, max(512, length), 1024] if length != 512 else [0, 512, 1024]
-    task = RecallStream(length=length, tested_lengths=(1024,), test_size=128)
-    batches = list(task.test_batches())
-    pairs = []
-    size = max(1, 1280 // length)
-    for model in _trained(task, _build(run, task.vocab_size, state_dim), steps, seeds, run, batch_size=size):
-        parts = loss_by_position(model, batches, bins)
-        pairs.append([parts[0]["accuracy"], parts[-1]["accuracy"], parts[0]["loss"], parts[-1]["loss"]])
-    return pairs
-
-
-def _sweep(run: Run, seeds: list[int]) -> list[Measured]:
-    """B: the smallest trained length from which the loss far beyond stays within twice that inside."""
-    if run.budget != "gpu":
-        return [Measured("law", "not measured", None, "trained in the gpu budget: sixteen sizes, three seeds each")]
-    sizes, lengths, steps = (16, 32, 64, 128), (32, 64, 128, 256), 1000
-    run.sizes.update({"sweep": f"state dim {sizes}, trained length {lengths}, {steps} steps of 1280 tokens"})
-    learned, ratios = [], {}
-    for state_dim in sizes:
-        smallest = None
-        for length in lengths:
-            cell = run.part(f"sweep {state_dim} {length}", _until, steps, seeds, run, state_dim, length)
-            within, far = (mean(values[i] for values in cell) for i in (2, 3))
-            ratios[state_dim, length] = far / within
-            exploded = explodes_at([within, far], [length, 1024], length)
-            if exploded is None and smallest is None:
-                smallest = length
-        learned.append(smallest)
-    order = [2 * lengths[-1] if length is None else length for length in learned]
-    run.figure(
-        "Loss at 512–1024 over the loss within the trained length (1000 steps, mean of three seeds)",
-        [Series(f"N = {n}", list(lengths), [ratios[n, length] for length in lengths]) for n in sizes],
-        x_label="trained length",
-        y_label="ratio of losses",
-        log_x=True,
-        log_y=True,
-        levels={"learned to forget": 2.0},
-    )
-    return [
-        Measured(
-            "law",
-            ours=", ".join(f"N = {n}: {length or 'none'}" for n, length in zip(sizes, learned, strict=True)),
-            holds=order == sorted(order) and order[-1] > order[0] if len(set(order)) > 1 else None,
-            note="ratios "
-            + "; ".join(f"N = {n}: {', '.join(f'{ratios[n, length]:.1f}' for length in lengths)}" for n in sizes)
-            + "; with 24 keys a stream of 128 tokens writes some of them twice, whatever the state",
-        )
-    ]
