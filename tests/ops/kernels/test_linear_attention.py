@@ -152,9 +152,9 @@ def test_half_precision(device: torch.device, decay: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_tiles_by_the_copy_engine(device: torch.device, decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors through descriptors: bfloat16, dimensions that are powers of two; the last chunk is not whole."""
-    from ostinato.ops.kernels.triton import linear_attention_heads
+    from ostinato.ops.kernels.triton import linear_attention_launch
 
-    monkeypatch.setattr(linear_attention_heads, "COPY_ENGINE", True)
+    monkeypatch.setattr(linear_attention_launch, "COPY_ENGINE", True)
     args = arguments(device, decay, 130, (2, 2, 32, 32) if INTERPRETED else (2, 2, 128, 128), torch.bfloat16)
     assert_rounded(results(args, None, "triton"), reference(args, None), decay)
 

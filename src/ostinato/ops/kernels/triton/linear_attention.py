@@ -10,6 +10,7 @@ range states and scores outgrow, is multiplied by them in tf32, which has its di
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,20 +21,13 @@ from ostinato.ops.kernels.triton import linear_attention_channels_launch as chan
 from ostinato.ops.kernels.triton import linear_attention_heads as heads
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import without_second_derivative
+from ostinato.ops.kernels.triton.linear_attention_launch import Walks
 
 LARGEST = 256
 """Of a head's key and value dimensions."""
 
 
-def refuses(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    reset: Tensor | None,
-    chunk_size: int,
-) -> str | None:
+def refuses(queries: Tensor, keys: Tensor, values: Tensor, *_: object) -> str | None:
     """Why these kernels cannot serve the call, or None."""
     if queries.dtype not in (torch.float32, *HALF):
         return f"the kernels compute in float32, bfloat16 and float16, not {queries.dtype}"
@@ -49,6 +43,29 @@ def declines(queries: Tensor, *_: object) -> str | None:
     return "a single step needs no chunks" if queries.shape[1] == 1 else None
 
 
+def _rowwise(tensor: Tensor) -> Tensor:
+    """`tensor` with its last axis contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _state_like(queries: Tensor, values: Tensor) -> Tensor:
+    """An empty state."""
+    batch, _, heads, key_dim = queries.shape
+    return queries.new_empty(batch, heads, key_dim, values.shape[-1], dtype=accumulation_dtype(queries.dtype))
+
+
+def _as_state(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(accumulation_dtype(dtype)).contiguous()
+
+
+def _walks(queries: Tensor, values: Tensor, log_decay: Tensor | None, reset: Tensor | None) -> Walks:
+    reset = None if reset is None else reset.contiguous()
+    if log_decay is None:
+        return heads.prepared(queries, values, None, reset)
+    kind = channels if log_decay.ndim == 4 else heads
+    return kind.prepared(queries, values, log_decay.contiguous(), reset)
+
+
 @torch.library.custom_op("ostinato::linear_attention", mutates_args=())
 def forward(
     queries: Tensor,
@@ -59,23 +76,17 @@ def forward(
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and the last state."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return channels.forward(queries, keys, values, log_decay, state, reset)
-    return heads.forward(queries, keys, values, log_decay, state, reset)
+    queries, keys, values = map(_rowwise, (queries, keys, values))
+    walks, initial = _walks(queries, values, log_decay, reset), _as_state(state, queries.dtype)
+    last = _state_like(queries, values)
+    entering = walks.entering(keys, values, initial, last)
+    ends = last if entering is initial else None
+    return walks.outputs(queries, keys, values, initial=entering, last=ends), last
 
 
 @forward.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    batch, time, count, key_dim = queries.shape
-    last = queries.new_empty(batch, count, key_dim, values.shape[-1], dtype=accumulation_dtype(queries.dtype))
-    return values.new_empty(batch, time, count, values.shape[-1]), last
+def _(queries: Tensor, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), _state_like(queries, values)
 
 
 @torch.library.custom_op("ostinato::linear_attention_backward", mutates_args=())
@@ -90,26 +101,23 @@ def backward(
     grad_last: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values, log-decays and state; empty where there is no such argument."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return channels.backward(queries, keys, values, log_decay, state, reset, grad, grad_last)
-    return heads.backward(queries, keys, values, log_decay, state, reset, grad, grad_last)
+    queries, keys, values, grad = map(_rowwise, (queries, keys, values, grad.to(queries.dtype)))
+    walks, initial = _walks(queries, values, log_decay, reset), _as_state(state, queries.dtype)
+    back, flowing = replace(walks, reverse=True), _as_state(grad_last, queries.dtype)
+    end, start = _state_like(queries, values), _state_like(queries, values)
+    entering = walks.entering(keys, values, initial, end)
+    behind = back.entering(queries, grad, flowing, start)
+    of_queries, of_keys, of_decay = walks.gradients(queries, keys, values, grad, entering, behind, end)
+    first = start if state is not None and behind is flowing else None
+    of_values = back.outputs(keys, queries, grad, initial=behind, last=first)
+    of_state = queries.new_empty(0) if state is None else start.to(state.dtype)
+    return of_queries, of_keys, of_values, of_decay, of_state
 
 
 @backward.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    reset: Tensor | None,
-    grad: Tensor,
-    grad_last: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(tensor: Tensor | None) -> Tensor:
-        return queries.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
-
-    return like(queries), like(keys), like(values), like(log_decay), like(state)
+def _(queries: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+    like = (queries, *rest[:4])
+    return tuple(queries.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in like)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

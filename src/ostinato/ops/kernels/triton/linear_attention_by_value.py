@@ -8,9 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile
-from ostinato.ops.kernels.triton.linear_attention_channels import bounded, halving, square, sums
-from ostinato.ops.kernels.triton.linear_attention_walk import factor, put, state_block, tile
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, operand
+from ostinato.ops.kernels.triton.linear_attention_channels import crossings, decays, halving, square, sums
+from ostinato.ops.kernels.triton.linear_attention_parts import (
+    chunk_start,
+    held_state,
+    put,
+    read_by_last,
+    role_of_program,
+    tile,
+)
 
 
 @triton.jit
@@ -24,7 +31,6 @@ def _outputs_by_halves(
     REVERSE: tl.constexpr,
     FINE: tl.constexpr,
     PRECISION: tl.constexpr,
-    TYPE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """y plus the outputs of `scores` (reader, written) off the diagonal."""
@@ -34,8 +40,8 @@ def _outputs_by_halves(
         between, late = halving(step, size)
         reads = late == 0 if REVERSE else late
         decay = tl.exp2(sums(between, g, FINE))
-        chosen = factor(tl.where(square(step, size, reads), scores, 0.0), TYPE, WIDE)
-        y += decay * tl.dot(chosen, factor(u * decay, TYPE, WIDE), input_precision=PRECISION)
+        chosen = operand(tl.where(square(step, size, reads), scores, 0.0), WIDE, PRECISION)
+        y += decay * tl.dot(chosen, operand(u * decay, WIDE, PRECISION), input_precision=PRECISION)
     return y
 
 
@@ -84,7 +90,6 @@ def by_value(
     RESET: tl.constexpr,
     INITIAL: tl.constexpr,
     FINE: tl.constexpr,
-    TYPE: tl.constexpr,
     WIDE: tl.constexpr,
     COPIED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,15 +99,11 @@ def by_value(
     """Forwards: `products` is set to beside ⊙ outputs, without the pair of a step with itself, and the last state is
     without what the last step wrote. Backwards, the gradient of the log-decays is cumulated of products − beside ⊙
     outputs, from `flow` at the end. A state lies in memory as (value, key)."""
-    blocks = (VALUE_DIM + BV - 1) // BV
     segments = tl.num_programs(1)
-    program = tl.program_id(0)
-    block = program % blocks
-    sequence = (program // blocks).to(tl.int64)
+    block, sequence, batch, head = role_of_program(heads, VALUE_DIM, BV)
     segment = tl.program_id(1)
     if tl.load(strong + sequence) != STRONG:
         return
-    batch, head = sequence // heads, sequence % heads
     first = block * BV
     own_rows = (batch * time * heads + head) * VALUE_DIM
     log_decay += own_rows
@@ -113,38 +114,30 @@ def by_value(
         beside += batch * beside_batch + head * beside_head
         centred += own_rows
         outputs += own_rows
-        gradient += own_rows
+        if REVERSE:
+            gradient += own_rows
         products += own_rows
     totals += sequence * (padded // ROWS) * VALUE_DIM
-    reset += batch * time
-    parts += batch * padded
+    if RESET:
+        reset += batch * time
+        parts += batch * padded
 
-    place, inside = state_block(first, BV, BK, 1, KEY_DIM, KEY_DIM, VALUE_DIM)
-    place = (sequence * segments + segment) * (KEY_DIM * VALUE_DIM) + place
+    where = sequence * segments + segment
+    state, place, inside = held_state(initial, where, first, 1, KEY_DIM, KEY_DIM, VALUE_DIM, BK, BV, INITIAL)
     channel = first + tl.arange(0, BV)
     carry = tl.zeros([BV], dtype=tl.float32)
-    if INITIAL:
-        state = tl.load(initial + place, mask=inside, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros([BK, BV], dtype=tl.float32)
     if REVERSE and INITIAL:
-        at = flow + (sequence * segments + segment) * VALUE_DIM + channel
-        carry = tl.load(at, mask=channel < VALUE_DIM, other=0.0)
+        carry = tl.load(flow + where * VALUE_DIM + channel, mask=channel < VALUE_DIM, other=0.0)
         # What the last step reads of the last state's gradient, in this program if it has that step.
         read_of_end = tl.zeros([BV], dtype=tl.float32)
         if segment == segments - 1:
-            key = tl.arange(0, BK)
-            reader = tl.load(last_reader + sequence * KEY_DIM + key, mask=key < KEY_DIM, other=0.0)
-            read_of_end = tl.sum(state * reader.to(tl.float32)[:, None], axis=0)
+            read_of_end = read_by_last(state, last_reader, sequence, KEY_DIM, BK)
 
     step = tl.arange(0, ROWS)
     row = heads * VALUE_DIM
     count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks)
     for index in tl.range(0, count, num_stages=STAGES):
-        if REVERSE:
-            start = (segment * chunks + count - 1 - index) * ROWS
-        else:
-            start = (segment * chunks + index) * ROWS
+        start = chunk_start(index, count, segment * chunks, ROWS, REVERSE)
         x = tile(readers, start, readers_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
         z = tile(written, start, written_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
         u = tile(values, start, values_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
@@ -156,13 +149,7 @@ def by_value(
         enters, leaves = start + step >= 0, start + step >= 0
         kept_of_state = 1.0
         if RESET:
-            part = tl.load(parts + start + step)
-            count_parts = tl.load(parts + start + ROWS - 1)
-            keep = keep & (part[:, None] == part[None, :])
-            enters, leaves = part == 0, part == count_parts
-            if REVERSE:
-                enters, leaves = leaves, enters
-            kept_of_state = tl.where(count_parts == 0, 1.0, 0.0)
+            part, count_parts, keep, enters, leaves, kept_of_state = crossings(parts, start, keep, ROWS, REVERSE)
         if REVERSE:
             enters = enters & (at_end == 0)
         else:
@@ -175,30 +162,30 @@ def by_value(
             total = tile(centred, start, row, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
             if REVERSE:
                 total = -total
-            wrote = factor(u * tl.exp2(-total), TYPE, WIDE)
+            wrote = operand(u * tl.exp2(-total), WIDE, PRECISION)
             state = state * tl.exp2(half)[None, :]
-            y = tl.dot(factor(x, TYPE, WIDE), factor(state, TYPE, WIDE), input_precision=PRECISION)
+            y = tl.dot(operand(x, WIDE, PRECISION), operand(state, WIDE, PRECISION), input_precision=PRECISION)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
-            y = tl.dot(factor(scores, TYPE, WIDE), wrote, acc=y, input_precision=PRECISION) * tl.exp2(total)
+            y = tl.dot(operand(scores, WIDE, PRECISION), wrote, acc=y, input_precision=PRECISION) * tl.exp2(total)
             if RESET or not REVERSE:
                 wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
             state = state * kept_of_state
-            state = tl.dot(factor(tl.trans(z), TYPE, WIDE), wrote, acc=state, input_precision=PRECISION)
+            state = tl.dot(operand(tl.trans(z), WIDE, PRECISION), wrote, acc=state, input_precision=PRECISION)
             state = state * tl.exp2(half)[None, :]
         else:
-            g = bounded(log_decay, reset, start, row, time, VALUE_DIM, ROWS, BV, RESET, first)
-            before = sums(step[:, None] >= step[None, :], g, FINE)
-            after = sums(step[:, None] < step[None, :], g, FINE)
-            if REVERSE:
-                before, after = after, before
-            y = tl.dot(factor(x, TYPE, WIDE), factor(state, TYPE, WIDE), input_precision=PRECISION) * tl.exp2(before)
+            g, before, after = decays(
+                log_decay, reset, start, row, time, first, VALUE_DIM, ROWS, BV, RESET, REVERSE, FINE
+            )
+            y = tl.dot(
+                operand(x, WIDE, PRECISION), operand(state, WIDE, PRECISION), input_precision=PRECISION
+            ) * tl.exp2(before)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
-            y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, TYPE, WIDE)
-            wrote = factor(tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after), TYPE, WIDE)
+            y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, WIDE)
+            wrote = operand(tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after), WIDE, PRECISION)
             state = state * (tl.exp2(of_chunk) * kept_of_state)[None, :]
-            state = tl.dot(factor(tl.trans(z), TYPE, WIDE), wrote, acc=state, input_precision=PRECISION)
+            state = tl.dot(operand(tl.trans(z), WIDE, PRECISION), wrote, acc=state, input_precision=PRECISION)
 
         w = tile(beside, start, beside_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
         product = y * w

@@ -69,6 +69,44 @@ def bounded(
 
 
 @triton.jit
+def decays(
+    log_decay,
+    reset,
+    start,
+    stride,
+    time,
+    column,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RESET: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FINE: tl.constexpr,
+):
+    """Of a chunk's log-decays: themselves, and the sums that a reader and that a written step has towards the state."""
+    g = bounded(log_decay, reset, start, stride, time, WIDTH, ROWS, COLUMNS, RESET, column)
+    step = tl.arange(0, ROWS)
+    before = sums(step[:, None] >= step[None, :], g, FINE)
+    after = sums(step[:, None] < step[None, :], g, FINE)
+    if REVERSE:
+        before, after = after, before
+    return g, before, after
+
+
+@triton.jit
+def crossings(parts, start, keep, ROWS: tl.constexpr, REVERSE: tl.constexpr):
+    """Around a chunk's resets: the part of every step, the last one's, and the pairs to `keep` that are in one part;
+    which steps read of the state that enters and which write to the one that leaves, and 1 if it goes through."""
+    step = tl.arange(0, ROWS)
+    part = tl.load(parts + start + step)
+    count = tl.load(parts + start + ROWS - 1)
+    enters, leaves = part == 0, part == count
+    if REVERSE:
+        enters, leaves = leaves, enters
+    return part, count, keep & (part[:, None] == part[None, :]), enters, leaves, tl.where(count == 0, 1.0, 0.0)
+
+
+@triton.jit
 def channel_sums(
     log_decay,
     reset,
@@ -92,7 +130,9 @@ def channel_sums(
     sequence = tl.program_id(1).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
     rows = (batch * time * heads + head) * WIDTH
-    g = bounded(log_decay + rows, reset + batch * time, start, heads * WIDTH, time, WIDTH, ROWS, COLUMNS, RESET, 0)
+    if RESET:
+        reset += batch * time
+    g = bounded(log_decay + rows, reset, start, heads * WIDTH, time, WIDTH, ROWS, COLUMNS, RESET, 0)
     of_chunk = tl.sum(g, axis=0)
     at = sequence * tl.num_programs(0) + chunk
     column = tl.arange(0, COLUMNS)

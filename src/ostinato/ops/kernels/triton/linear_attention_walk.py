@@ -23,76 +23,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import (
-    FORGETS,
-    last_of,
-    load_tile,
-    store_tile,
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, last_of, operand
+from ostinato.ops.kernels.triton.linear_attention_parts import (
+    chunk_start,
+    held_state,
+    put,
+    read_by_last,
+    role_of_program,
+    tile,
 )
-
-
-@triton.jit
-def state_block(first, BV: tl.constexpr, BK: tl.constexpr, by_key, by_value, key_dim, value_dim):
-    """Offsets of a block of a state that is held as (value, key), and which of them exist."""
-    value = first + tl.arange(0, BV)
-    key = tl.arange(0, BK)
-    inside = (key < key_dim)[:, None] & (value < value_dim)[None, :]
-    return key[:, None] * by_key + value[None, :] * by_value, inside
-
-
-@triton.jit
-def tile(
-    base,
-    start,
-    stride,
-    time,
-    column,
-    batch,
-    head,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    COPIED: tl.constexpr,
-):
-    """A tile of a sequence, from a pointer to the head's first step, or (COPIED) from a descriptor of all."""
-    if COPIED:
-        at = [batch.to(tl.int32), start, (head * WIDTH).to(tl.int32) + column]
-        return base.load(at).reshape(ROWS, COLUMNS)
-    else:
-        return load_tile(base, start, stride, time, column, WIDTH, ROWS, COLUMNS)
-
-
-@triton.jit
-def put(
-    base,
-    start,
-    stride,
-    time,
-    column,
-    batch,
-    head,
-    what,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    COPIED: tl.constexpr,
-):
-    """The inverse of `tile`."""
-    if COPIED:
-        at = [batch.to(tl.int32), start, (head * WIDTH).to(tl.int32) + column]
-        base.store(at, what.to(base.dtype).reshape(1, ROWS, COLUMNS))
-    else:
-        store_tile(base, start, stride, time, column, what, WIDTH, ROWS, COLUMNS)
-
-
-@triton.jit
-def factor(of, TYPE: tl.constexpr, WIDE: tl.constexpr):
-    """`of` as an operand of products: in the inputs' type, or (WIDE) in float32, rounded to the digits of tf32."""
-    if WIDE:
-        bits = of.to(tl.float32).to(tl.uint32, bitcast=True)
-        return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    else:
-        return of.to(TYPE)
 
 
 @triton.jit
@@ -140,7 +79,6 @@ def walk(
     OUTPUTS: tl.constexpr,
     PRODUCTS: tl.constexpr,
     WIDE: tl.constexpr,
-    TYPE: tl.constexpr,
     COPIED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -149,52 +87,42 @@ def walk(
 
     PRODUCTS: also the inner product of each row of `beside` with the output, without the pair of a step with itself,
     and the last state is without what the last step wrote.
-    WIDE: operands that can outgrow the inputs' range are multiplied in float32.
+    WIDE: the type of operands that can outgrow the inputs' range.
     """
-    blocks = (VALUE_DIM + BV - 1) // BV
     segments = tl.num_programs(1)
-    program = tl.program_id(0)
-    block = program % blocks
-    sequence = (program // blocks).to(tl.int64)
+    block, sequence, batch, head = role_of_program(heads, VALUE_DIM, BV)
     segment = tl.program_id(1)
-    batch, head = sequence // heads, sequence % heads
     first = block * BV
 
     if not COPIED:
         readers += batch * readers_batch + head * readers_head
         written += batch * written_batch + head * written_head
         values += batch * values_batch + head * values_head
-        outputs += (batch * time * heads + head) * VALUE_DIM
+        if OUTPUTS:
+            outputs += (batch * time * heads + head) * VALUE_DIM
         if PRODUCTS:
             beside += batch * beside_batch + head * beside_head
     if PRODUCTS:
+        blocks = (VALUE_DIM + BV - 1) // BV
         products += (block * (tl.num_programs(0) // blocks) + sequence) * time
-    sums += sequence * padded
-    parts += batch * padded
+    if DECAY:
+        sums += sequence * padded
+    if RESET:
+        parts += batch * padded
 
-    place, inside = state_block(first, BV, BK, by_key, by_value, KEY_DIM, VALUE_DIM)
-    place = (sequence * segments + segment) * (KEY_DIM * VALUE_DIM) + place
-    if INITIAL:
-        state = tl.load(initial + place, mask=inside, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros([BK, BV], dtype=tl.float32)
+    where = sequence * segments + segment
+    state, place, inside = held_state(initial, where, first, by_key, by_value, KEY_DIM, VALUE_DIM, BK, BV, INITIAL)
     if PRODUCTS and REVERSE and INITIAL:
         # What the last step reads of the last state's gradient, in this program if it has that step.
         read_of_end = tl.zeros([BV], dtype=tl.float32)
         if segment == segments - 1:
-            key = tl.arange(0, BK)
-            at_last = last_reader + sequence * KEY_DIM
-            reader = tl.load(at_last + key, mask=key < KEY_DIM, other=0.0)
-            read_of_end = tl.sum(state * reader.to(tl.float32)[:, None], axis=0)
+            read_of_end = read_by_last(state, last_reader, sequence, KEY_DIM, BK)
 
     step = tl.arange(0, ROWS)
     whole = tl.full([], 0.0, tl.float32)
     count = tl.minimum(chunks, (time + ROWS - 1) // ROWS - segment * chunks)
     for index in tl.range(0, count, num_stages=STAGES):
-        if REVERSE:
-            start = (segment * chunks + count - 1 - index) * ROWS
-        else:
-            start = (segment * chunks + index) * ROWS
+        start = chunk_start(index, count, segment * chunks, ROWS, REVERSE)
         z = tile(written, start, written_time, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
         u = tile(values, start, values_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
         if OUTPUTS:
@@ -224,7 +152,7 @@ def walk(
 
         if OUTPUTS:
             scores = tl.dot(x, tl.trans(z), input_precision=PRECISION)
-            y = tl.dot(factor(x, TYPE, WIDE), factor(state, TYPE, WIDE), input_precision=PRECISION)
+            y = tl.dot(operand(x, WIDE, PRECISION), operand(state, WIDE, PRECISION), input_precision=PRECISION)
             # Rows read, columns are what is written.
             if PRODUCTS:
                 own = tl.sum(tl.where(step[:, None] == step[None, :], scores, 0.0), axis=1)
@@ -245,7 +173,7 @@ def walk(
                 entering = tl.where(start + step == time - 1, 0.0, entering)
             if DECAY or RESET:
                 y = y * entering[:, None]
-            y = tl.dot(factor(scores, TYPE, WIDE), factor(u, TYPE, WIDE), acc=y, input_precision=PRECISION)
+            y = tl.dot(operand(scores, WIDE, PRECISION), operand(u, WIDE, PRECISION), acc=y, input_precision=PRECISION)
             if PRODUCTS:
                 product = tl.sum(y * w.to(tl.float32), axis=1)
                 tl.store(products + start + step, product, mask=step < time - start)
@@ -260,12 +188,14 @@ def walk(
                 leaving = tl.where(start + step == time - 1, 0.0, leaving)
             added = u.to(tl.float32) * leaving[:, None]
             state = state * carry
-        state = tl.dot(factor(tl.trans(z), TYPE, WIDE), factor(added, TYPE, WIDE), acc=state, input_precision=PRECISION)
+        state = tl.dot(
+            operand(tl.trans(z), WIDE, PRECISION), operand(added, WIDE, PRECISION), acc=state, input_precision=PRECISION
+        )
 
     if LAST:
         tl.store(last + place, state, mask=inside)
     if (not OUTPUTS) and block == 0:
-        tl.store(kept + sequence * segments + segment, tl.exp2(whole))
+        tl.store(kept + where, tl.exp2(whole))
 
 
 @triton.jit

@@ -1,0 +1,236 @@
+"""What the launches of `linear_attention` share: plans, segments of time, tiles by the copy engine, sums in chunks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ostinato.ops.kernels.triton import chunk_parts
+from ostinato.ops.kernels.triton.launch import card, dot_precision, power_of_two
+from ostinato.ops.kernels.triton.linear_attention_walk import enter
+
+SHORTEST_SEGMENT = 8
+"""Chunks: a segment has at least as many, so that the passes over its edges cost little beside it."""
+
+COPY_ENGINE = False
+"""Whether tiles of half precision are moved by the card's copy engine (by descriptors of tensors), where it can."""
+
+WIDE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float32}
+"""The type of operands that can outgrow the inputs' range."""
+
+
+class Plan(NamedTuple):
+    """Block sizes and launch options of a walk."""
+
+    rows: int
+    """Steps in a chunk."""
+    block: int
+    """Value channels of a program."""
+    warps: int
+    stages: int
+
+    def smaller(self) -> list[Plan]:
+        """This, and what to take where it does not fit."""
+        return [self, self._replace(stages=1), self._replace(stages=1, block=16)]
+
+
+def block(size: int) -> int:
+    """Channels of a tile that holds `size`."""
+    return max(16, power_of_two(size))
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether the copy engine can read it as (batch, time, heads · dim)."""
+    batch, time, heads, dim = tensor.stride()
+    width, size = tensor.shape[-1], tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and batch * size % 16 == 0 and time * size % 16 == 0
+    return aligned and dim == 1 and heads == width and width >= 16 and width & (width - 1) == 0
+
+
+def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A sequence as the copy engine sees it: tiles of so many steps and columns of one head."""
+    batch, time, heads, dim = tensor.shape
+    return TensorDescriptor(tensor, [batch, time, heads * dim], [*tensor.stride()[:2], 1], [1, rows, columns])
+
+
+@dataclass(frozen=True)
+class Walks(ABC):
+    """The kernels in one direction of time over one problem, and where its segments begin."""
+
+    log_decay: Tensor | None
+    reset: Tensor | None
+    parts: Tensor | None
+    """Resets so far in each chunk: (batch, time)."""
+    chunks: int
+    """To a segment."""
+    rows: int
+    reverse: bool
+
+    @abstractmethod
+    def outputs(
+        self,
+        readers: Tensor,
+        written: Tensor,
+        values: Tensor,
+        *,
+        initial: Tensor | None = None,
+        last: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """What is read, and the state at the end in `last`.
+
+        With `kept` nothing is read: it is filled with what each segment keeps of a state, `last` with what it adds.
+        """
+
+    @abstractmethod
+    def gradients(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        grad: Tensor,
+        entering: Tensor | None,
+        behind: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and log-decays; the last is empty where there are none.
+
+        `entering` are the states that enter the segments, `behind` the gradients of those that leave them; `last` is
+        the last state's memory, to be used.
+        """
+
+    def segments(self, time: int) -> int:
+        """How many there are."""
+        return triton.cdiv(time, self.chunks * self.rows)
+
+    def entering(self, written: Tensor, values: Tensor, initial: Tensor | None, last: Tensor) -> Tensor | None:
+        """The state that enters each segment; fills `last`. With one segment: as it is, and `last` is left."""
+        batch, time, heads, key_dim = written.shape
+        value_dim, count = values.shape[-1], self.segments(time)
+        if count == 1:
+            return initial
+        added = last.new_empty(batch * heads, count, key_dim, value_dim)
+        per_channel = self.log_decay is not None and self.log_decay.ndim == 4
+        kept = last.new_empty(batch * heads, count, key_dim if per_channel else 1)
+        self.outputs(written, written, values, last=added, kept=kept)
+        entering, width = torch.empty_like(added), min(1024, power_of_two(key_dim * value_dim))
+        enter[(batch * heads, triton.cdiv(key_dim * value_dim, width))](
+            added,
+            kept,
+            initial,
+            entering,
+            last,
+            count,
+            SIZE=key_dim * value_dim,
+            BLOCK=width,
+            PER_KEY=value_dim if per_channel else 0,
+            REVERSE=self.reverse,
+            INITIAL=initial is not None,
+        )
+        return entering
+
+    def grid(self, values: Tensor, sizes: Plan) -> tuple[int, int]:
+        """Blocks of value channels of all heads, and segments."""
+        batch, time, heads, value_dim = values.shape
+        return triton.cdiv(value_dim, sizes.block) * batch * heads, self.segments(time)
+
+    def arguments(
+        self,
+        sizes: Plan,
+        initial: Tensor | None,
+        by_key: dict[str, Tensor],
+        by_value: dict[str, Tensor | None],
+    ) -> dict[str, Any]:
+        """What all walks take, by name, for sequences in tiles of all key channels or of a block of value channels.
+
+        Among them are `written` and `values`. The copy engine is used if it can read all of them. What there is not, is
+        None.
+        """
+        written, values = by_key["written"], by_value["values"]
+        assert values is not None
+        _, time, heads, value_dim = values.shape
+        key_dim = written.shape[-1]
+        sequences = by_key | by_value
+        copied = COPY_ENGINE and values.element_size() == 2
+        copied = copied and all(tensor is None or describable(tensor) for tensor in sequences.values())
+        found: dict[str, Any] = dict(sequences)
+        for name, tensor in sequences.items():
+            if copied and tensor is not None:
+                found[name] = described(tensor, self.rows, block(key_dim) if name in by_key else sizes.block)
+            if name in ("readers", "written", "values", "beside"):
+                strides = (None,) * 3 if tensor is None else tensor.stride()[:3]
+                found[f"{name}_batch"], found[f"{name}_time"], found[f"{name}_head"] = strides
+        return found | {
+            "parts": self.parts,
+            "initial": initial,
+            "time": time,
+            "padded": triton.cdiv(time, self.rows) * self.rows,
+            "heads": heads,
+            "chunks": self.chunks,
+            "KEY_DIM": key_dim,
+            "VALUE_DIM": value_dim,
+            "ROWS": self.rows,
+            "BK": block(key_dim),
+            "BV": sizes.block,
+            "REVERSE": self.reverse,
+            "RESET": self.parts is not None,
+            "INITIAL": initial is not None,
+            "WIDE": WIDE[values.dtype],
+            "COPIED": copied,
+            "PRECISION": dot_precision(values.dtype),
+            "STAGES": sizes.stages,
+            "num_warps": sizes.warps,
+        }
+
+
+def chunks_of_segment(queries: Tensor, value_dim: int, sizes: Plan) -> int:
+    """Chunks to a segment: all of them where heads nearly fill the card with eight warps a processor, else as few as
+    do."""
+    batch, time, heads, _ = queries.shape
+    programs = batch * heads * triton.cdiv(value_dim, sizes.block)
+    chunks = triton.cdiv(time, sizes.rows)
+    room = card(queries.device).processors * 8
+    if 4 * programs * sizes.warps > 3 * room:
+        return chunks
+    wanted = triton.cdiv(room, programs * sizes.warps)
+    return min(chunks, max(SHORTEST_SEGMENT, triton.cdiv(chunks, wanted)))
+
+
+def chunk_sums(
+    log_decay: Tensor | None, reset: Tensor | None, rows: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Cumulative sums, in chunks of `rows` steps, of log-decays (batch, heads, time) and of resets (batch, time).
+
+    The log-decays are to base 2, and time is filled up to whole chunks.
+    """
+    some = reset if log_decay is None else log_decay
+    if some is None:
+        return None, None
+    batch, time = some.shape[:2]
+    chunks = triton.cdiv(time, rows)
+    heads = 1 if log_decay is None else log_decay.shape[2]
+    width = min(16, power_of_two(heads))
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    sums = None if log_decay is None else some.new_empty(batch, heads, chunks * rows, dtype=wide)
+    parts = None if reset is None else some.new_empty(batch, chunks * rows, dtype=torch.int32)
+    chunk_parts.chunk_sums[(chunks, batch, triton.cdiv(heads, width))](
+        log_decay,
+        reset,
+        sums,
+        parts,
+        time,
+        heads,
+        ROWS=rows,
+        HEADS=width,
+        DECAY=log_decay is not None,
+        RESET=reset is not None,
+        num_warps=1,
+    )
+    return sums, parts
