@@ -114,3 +114,16 @@ def test_provenance_names_the_machine_and_the_versions() -> None:
     found = provenance()
     assert found["torch"] == torch.__version__
     assert {"processor", "threads", "cores", "python", "ostinato"} <= set(found)
+
+
+def test_categories_are_rows_of_points(tmp_path: Path) -> None:
+    arms = Figure("f", [Series("first", [0, 1, 1], [1.0, 2.0, 3.0]), Series("second", [0], [float("nan")])])
+    arms.categories, arms.levels = ["a <b>", "c"], {"floor": 0.5}
+    root = ElementTree.fromstring(svg(arms, standalone=True))
+    space = "{http://www.w3.org/2000/svg}"
+    circles = [element.attrib for element in root.iter(f"{space}circle")]
+    assert len(circles) == 3 and circles[1]["cy"] == circles[2]["cy"] != circles[0]["cy"]
+    assert float(circles[0]["cx"]) < float(circles[1]["cx"]) < float(circles[2]["cx"])
+    assert {"a <b>", "c", "first", "floor"} <= {element.text for element in root.iter(f"{space}text")}
+    save_png(arms, tmp_path / "arms.png")
+    assert (tmp_path / "arms.png").read_bytes().startswith(b"\x89PNG")

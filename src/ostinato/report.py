@@ -33,7 +33,10 @@ class Series:
 
 @dataclass
 class Figure:
-    """Lines over common axes; `levels` are horizontal reference lines by label (a baseline, a floor)."""
+    """Lines over common axes; `levels` are reference lines by label, of a value of y (a baseline, a floor).
+
+    With `categories`, x counts them: each is a row of points, named at its left, and y runs along the rows.
+    """
 
     title: str
     series: list[Series]
@@ -42,6 +45,7 @@ class Figure:
     log_x: bool = False
     log_y: bool = False
     levels: dict[str, float] = field(default_factory=dict)
+    categories: Sequence[str] = ()
 
 
 class Strong(str):
@@ -131,6 +135,8 @@ class Page:
 
 def svg(figure: Figure, *, standalone: bool = False) -> str:
     """A figure as SVG: inside a page it takes the page's colours, `standalone` brings its own."""
+    if figure.categories:
+        return _rows(figure, standalone)
     points = [
         [
             (_axis(x, figure.log_x), _axis(y, figure.log_y))
@@ -153,10 +159,7 @@ def svg(figure: Figure, *, standalone: bool = False) -> str:
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (x - x0) / (x1 - x0) * width, top + (y1 - y) / (y1 - y0) * height
 
-    out = [f'<svg viewBox="0 0 {left + width + 16} {total}" role="img" aria-label="{html.escape(figure.title)}"']
-    out[0] += ' xmlns="http://www.w3.org/2000/svg">'
-    if standalone:
-        out.append(f"<style>{_FIGURE_STYLE}</style><title>{html.escape(figure.title)}</title>")
+    out = [_opening(figure, left + width + 16, total, standalone)]
     for value, label in _ticks(y0, y1, figure.log_y):
         y = place(x0, value)[1]
         out.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -185,11 +188,70 @@ def svg(figure: Figure, *, standalone: bool = False) -> str:
         kind = f'class="line level s{index % len(_COLOURS)}"'
         tip = f"<title>{html.escape(label)}</title>"
         out.append(f'<line {kind} x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}">{tip}</line>')
+    out += _legend(entries, len(points), columns, (left, top + height + 58, width))
+    return "".join(out) + "</svg>"
+
+
+def _opening(figure: Figure, width: float, height: float, standalone: bool) -> str:
+    opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(figure.title)}"'
+    opening += ' xmlns="http://www.w3.org/2000/svg">'
+    return opening + (f"<style>{_FIGURE_STYLE}</style><title>{html.escape(figure.title)}</title>" if standalone else "")
+
+
+def _legend(entries: list[str], lines: int, columns: int, place: tuple[float, float, float]) -> list[str]:
+    """The names of lines and, after them, of levels, in columns from `place` (left, top, width)."""
+    left, top, width = place
+    out = []
     for index, label in enumerate(entries):
-        x, y = left + (index % columns) * width / columns, top + height + 58 + 20 * (index // columns)
-        kind = f'class="line{" level" if index >= len(points) else ""} s{index % len(_COLOURS)}"'
+        x, y = left + (index % columns) * width / columns, top + 20 * (index // columns)
+        kind = f'class="line{" level" if index >= lines else ""} s{index % len(_COLOURS)}"'
         out.append(f'<line {kind} x1="{x:.0f}" x2="{x + 20:.0f}" y1="{y}" y2="{y}"/>')
         out.append(f'<text x="{x + 26:.0f}" y="{y + 4}">{html.escape(label)}</text>')
+    return out
+
+
+def _rows(figure: Figure, standalone: bool) -> str:
+    """A figure whose x are categories: a row of points each."""
+    left = min(300, 24 + 7 * max(map(len, figure.categories)))
+    top, width, step = 12, 640 - left - 16, 24
+    height = step * len(figure.categories)
+    drawable = [
+        [(int(x), _axis(y, figure.log_y)) for x, y in zip(s.x, s.y, strict=True) if _drawable(y, figure.log_y)]
+        for s in figure.series
+    ]
+    levels = {k: _axis(v, figure.log_y) for k, v in figure.levels.items() if _drawable(v, figure.log_y)}
+    low, high = _span([y for s in drawable for _, y in s] + list(levels.values()) or [0.0, 1.0], 0.06)
+    entries = [s.label for s in figure.series] + list(levels)
+    columns = 3 if max(map(len, entries), default=0) <= 22 else 2
+    out = [_opening(figure, 640, top + height + 52 + 20 * math.ceil(len(entries) / columns), standalone)]
+
+    def across(value: float) -> float:
+        return left + (value - low) / (high - low) * width
+
+    for value, label in _ticks(low, high, figure.log_y):
+        x = across(value)
+        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + height}"/>')
+        out.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{label}</text>')
+    out.append(
+        f'<text x="{left + width / 2}" y="{top + height + 38}" class="axis">{html.escape(figure.y_label)}</text>'
+    )
+    for row, name in enumerate(figure.categories):
+        y = top + step * (row + 0.5)
+        out.append(f'<text x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{html.escape(name)}</text>')
+        for index, points in enumerate(drawable):
+            tip = html.escape(f"{name}, {figure.series[index].label}")
+            # Series stand a little apart, so that none hides another.
+            beside = y + 6 * ((index + 0.5) / len(drawable) - 0.5)
+            out += [
+                f'<circle class="line s{index % len(_COLOURS)}" cx="{across(value):.1f}" cy="{beside:.1f}" r="3.5">'
+                f"<title>{tip}</title></circle>"
+                for place, value in points
+                if place == row
+            ]
+    for index, value in enumerate(levels.values(), start=len(drawable)):
+        kind = f'class="line level s{index % len(_COLOURS)}"'
+        out.append(f'<line {kind} x1="{across(value):.1f}" x2="{across(value):.1f}" y1="{top}" y2="{top + height}"/>')
+    out += _legend(entries, len(drawable), columns, (left, top + height + 58, width))
     return "".join(out) + "</svg>"
 
 
@@ -208,13 +270,22 @@ def save_png(figure: Figure, path: str | Path) -> None:
     canvas = Canvas(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.add_subplot()
+    level = axes.axvline if figure.categories else axes.axhline
     for index, series in enumerate(figure.series):
-        axes.plot(series.x, series.y, label=series.label, color=_COLOURS[index % len(_COLOURS)])
+        ends = (series.y, series.x) if figure.categories else (series.x, series.y)
+        kind: dict[str, Any] = {"marker": "o", "linestyle": ""} if figure.categories else {}
+        axes.plot(*ends, label=series.label, color=_COLOURS[index % len(_COLOURS)], **kind)
     for index, (label, value) in enumerate(figure.levels.items(), start=len(figure.series)):
-        axes.axhline(value, label=label, color=_COLOURS[index % len(_COLOURS)], linestyle="--", linewidth=1)
-    axes.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label)
-    axes.set_xscale("log" if figure.log_x else "linear")
-    axes.set_yscale("log" if figure.log_y else "linear")
+        level(value, label=label, color=_COLOURS[index % len(_COLOURS)], linestyle="--", linewidth=1)
+    axes.set_title(figure.title)
+    if figure.categories:
+        axes.set_yticks(range(len(figure.categories)), figure.categories)
+        axes.invert_yaxis()
+        axes.set(xlabel=figure.y_label, xscale="log" if figure.log_y else "linear")
+    else:
+        axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
+        axes.set_xscale("log" if figure.log_x else "linear")
+        axes.set_yscale("log" if figure.log_y else "linear")
     axes.grid(alpha=0.25)
     if figure.series or figure.levels:
         axes.legend(frameon=False, fontsize=8)

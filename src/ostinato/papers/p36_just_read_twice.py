@@ -172,12 +172,12 @@ def _set_rows(found: dict[str, list[dict[str, float]]]) -> list[Measured]:
 def _draw(run: Run, found: dict[str, list[dict[str, float]]]) -> None:
     names = list(next(iter(found.values()))[0])
     run.figure(
-        "Set disjointness by order: " + "; ".join(f"{index}: {name}" for index, name in enumerate(names)),
+        "Set disjointness by the sizes of the two sets, in order",
         [
             Series(arm, list(range(len(names))), [mean(each[name] for each in seeds) for name in names])
             for arm, seeds in found.items()
         ],
-        x_label="pair of sizes",
+        categories=names,
         y_label="accuracy",
     )
 

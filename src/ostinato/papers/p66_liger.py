@@ -73,12 +73,12 @@ def experiment(run: Run) -> list[Measured]:
         if name != "Liger-GSA" or run.budget != "cpu"  # seconds an update on two cores
     }
     run.figure(
-        "Nats per byte of held-out text: " + "; ".join(f"{index}: {name}" for index, name in enumerate(found)),
+        "Nats per byte of held-out text",
         [
             Series(when, list(range(len(found))), [mean(each[when] for each in arm) for arm in found.values()])
             for when in ("converted", "adapted")
         ],
-        x_label="arm",
+        categories=list(found),
         y_label="nats per byte",
     )
     rows = _rows(found)

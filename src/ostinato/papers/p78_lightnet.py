@@ -196,9 +196,9 @@ def _digit_rows(run: Run, found: dict[str, list[float]]) -> list[Measured]:
     floor = run.part("floors", task.baselines)
     note = f"accuracy in %; {shown}; nearest image {100 * floor['nearest image']:.1f}"
     run.figure(
-        "Digits: test accuracy of each seed, by model (in the order of the table)",
-        [Series(name, [index] * len(v), v) for index, (name, v) in enumerate(found.items())],
-        x_label="model",
+        "Digits: accuracy on the test set",
+        [Series("a seed", *zip(*((i, score) for i, each in enumerate(found.values()) for score in each), strict=True))],
+        categories=list(found),
         y_label="accuracy",
         levels={"nearest image": floor["nearest image"]},
     )

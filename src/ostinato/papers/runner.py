@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from ostinato.errors import ConfigurationError
-from ostinato.papers.catalogue import System, module_path, result, system
+from ostinato.papers.catalogue import System, module_path, result, smaller_result, system
 from ostinato.report import Figure, Page, Series, provenance, save_svg
 
 BUDGETS = {"smoke": "seconds", "cpu": "minutes on two cores", "gpu": "minutes on one H100"}
@@ -148,7 +148,7 @@ def _earlier(which: System, budget: str, folder: Path) -> dict[str, Any]:
     from ostinato.files import read_json
 
     own = folder / "result.json"
-    for found in (read_json(own) if own.is_file() else None, result(which)):
+    for found in (read_json(own) if own.is_file() else None, result(which), smaller_result(which)):
         if found is not None and found.get("budget") == budget:
             return found
     return {}
