@@ -103,7 +103,8 @@ def _forward(
     initial: tuple[Tensor | None, Tensor | None] = (_flat(memory), _flat(normalizer))
     walk = launches.outputs_walk(call)
     if walk.segments > 1:
-        launches.entering(call, start, keys, values, leave, leave, gates.carried, initial, reverse=False)
+        held = launches.Recurrence(keys, values, leave, leave, gates.carried, reverse=False)
+        launches.entering(call, start, held, initial)
         initial = (start[0], start[1])
 
     def launch(walk: launches.Walk) -> None:
@@ -124,18 +125,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    log_input: Tensor,
-    log_forget: Tensor,
-    memory: Tensor | None,
-    normalizer: Tensor | None,
-    maximum: Tensor | None,
-    reset: Tensor | None,
-    eps: float,
-) -> _Made:
+def _(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> _Made:
+    reset = rest[-2]
     outputs, last, last_sum, *start, gates = _empty(launches.call(queries, values), values, reset is not None)
     outputs = outputs.contiguous()
     return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1]  # type: ignore[return-value]
@@ -181,6 +172,8 @@ def _backward(
         BLOCK_VALUES=all_values[1], LENGTH=call.length,
     )  # fmt: skip
 
+    held = launches.Recurrence(keys, values, leave, leave, carried, reverse=False)
+    rise = launches.Recurrence(queries, grads, read, read_sum, carried, reverse=True)
     by_last = None
     later: tuple[Tensor | None, Tensor | None] = (None, None)
     if grad_memory is not None or grad_normalizer is not None or grad_maximum is not None:
@@ -193,14 +186,9 @@ def _backward(
     start: tuple[Tensor | None, Tensor | None] = (memory, normalizer)
     if entering.shape[1]:
         start = (entering, entering_sum)
-        later = launches.entering(
-            call, [torch.empty_like(entering), torch.empty_like(entering_sum)],
-            queries, grads, read, read_sum, carried, later, reverse=True,
-        )  # fmt: skip
-    states, sums, *_ = launches.chunk_states(call, keys, values, leave, leave, carried, start, reverse=False)
-    rising, rising_sums, grad_initial, grad_initial_sum = launches.chunk_states(
-        call, queries, grads, read, read_sum, carried, later, reverse=True
-    )
+        later = launches.entering(call, [torch.empty_like(entering), torch.empty_like(entering_sum)], rise, later)
+    states, sums, *_ = launches.chunk_states(call, held, start)
+    rising, rising_sums, grad_initial, grad_initial_sum = launches.chunk_states(call, rise, later)
     grad_queries, grad_keys, grad_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
     inner = per_token.new_empty(5, call.rows, tokens)
     through = torch.empty_like(carried)
@@ -241,32 +229,10 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grads: Tensor,
-    grad_memory: Tensor | None,
-    grad_normalizer: Tensor | None,
-    grad_maximum: Tensor | None,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    log_input: Tensor,
-    log_forget: Tensor,
-    memory: Tensor | None,
-    normalizer: Tensor | None,
-    maximum: Tensor | None,
-    reset: Tensor | None,
-    eps: float,
-    outputs: Tensor,
-    last: Tensor,
-    last_sum: Tensor,
-    entering: Tensor,
-    entering_sum: Tensor,
-    per_token: Tensor,
-    maxima: Tensor,
-    first_token: Tensor,
-    carried: Tensor,
-) -> _Gradients:
-    like = (queries, keys, values, log_input, log_forget, last, last_sum)
+def _(*arguments: Any) -> _Gradients:
+    # After four gradients: queries, keys, values and gates; then state, reset, ε, outputs, and the last state.
+    last, last_sum = arguments[15:17]
+    like = (*arguments[4:9], last, last_sum)
     return *(tensor.new_empty(tensor.shape) for tensor in like), last.new_empty(last.shape[:2])  # type: ignore[return-value]
 
 

@@ -193,20 +193,28 @@ def empty_gates(call: Call, like: Tensor, has_reset: bool) -> Gates:
     )
 
 
+class Recurrence(NamedTuple):
+    """C ← carried C + Σ_t left_t gate_t right_tᵀ and n ← carried n + Σ_t left_t sum_gate_t, a chunk at a time.
+
+    Forward, the memory; in `reverse`, its gradient.
+    """
+
+    left: Tensor
+    right: Tensor
+    gate: Tensor
+    sum_gate: Tensor
+    carried: Tensor
+    reverse: bool
+
+
 def states(
     call: Call,
-    walk: Walk,
-    left: Tensor,
-    right: Tensor,
-    gate: Tensor,
-    sum_gate: Tensor,
-    carried: Tensor,
+    of: Recurrence,
     initial: tuple[Tensor | None, Tensor | None],
     into: tuple[Tensor, Tensor] | None,
-    *,
-    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `states_kernel`: the states at the ends of segments and what each segment carries."""
+    walk, carried = states_walk(call), of.carried
     segmented = (call.rows, walk.segments)
     last = carried.new_empty(*segmented, call.keys, call.values)
     last_sum = carried.new_empty(*segmented, call.keys)
@@ -216,10 +224,10 @@ def states(
     def launch(walk: Walk) -> None:
         keys, values = walk.block_keys, walk.block_values
         states_kernel[(call.rows * walk.segments, -(-call.keys // keys), -(-call.values // values))](
-            sequence(left, call.length, keys), sequence(right, call.length, values),
-            gate, sum_gate, carried, *initial, described(states, keys, values), sums, last, last_sum, last_carried,
-            call.heads, call.chunks, walk.segment, walk.segments,
-            REVERSE=reverse, STORE=into is not None, HAS_INITIAL=initial[0] is not None,
+            sequence(of.left, call.length, keys), sequence(of.right, call.length, values),
+            of.gate, of.sum_gate, carried, *initial, described(states, keys, values), sums,
+            last, last_sum, last_carried, call.heads, call.chunks, walk.segment, walk.segments,
+            REVERSE=of.reverse, STORE=into is not None, HAS_INITIAL=initial[0] is not None,
             BLOCK_KEYS=keys, BLOCK_VALUES=values, num_warps=walk.warps, num_stages=walk.stages, **call.dimensions(),
         )  # fmt: skip
 
@@ -228,48 +236,28 @@ def states(
 
 
 def entering(
-    call: Call,
-    into: list[Tensor],
-    left: Tensor,
-    right: Tensor,
-    gate: Tensor,
-    sum_gate: Tensor,
-    carried: Tensor,
-    initial: tuple[Tensor | None, Tensor | None],
-    *,
-    reverse: bool,
+    call: Call, into: list[Tensor], of: Recurrence, initial: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """The states that enter the segments, written to `into`; an initial one of None is zeros."""
     entering, entering_sum = into
-    walk = states_walk(call)
-    added = states(call, walk, left, right, gate, sum_gate, carried, (None, None), None, reverse=reverse)
     block = 1024
     combine_kernel[(call.rows, -(-call.keys * call.values // block))](
-        *initial, *added, entering, entering_sum, walk.segments,
-        KEYS=call.keys, VALUES=call.values, REVERSE=reverse, HAS_INITIAL=initial[0] is not None, BLOCK=block,
+        *initial, *states(call, of, (None, None), None), entering, entering_sum, states_walk(call).segments,
+        KEYS=call.keys, VALUES=call.values, REVERSE=of.reverse, HAS_INITIAL=initial[0] is not None, BLOCK=block,
     )  # fmt: skip
     return entering, entering_sum
 
 
 def chunk_states(
-    call: Call,
-    left: Tensor,
-    right: Tensor,
-    gate: Tensor,
-    sum_gate: Tensor,
-    carried: Tensor,
-    start: tuple[Tensor | None, Tensor | None],
-    *,
-    reverse: bool,
+    call: Call, of: Recurrence, start: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The states that enter the chunks, in the type that products take them in, and the last state.
 
     `start` are those that enter the segments of `states_walk`, of `entering`.
     """
-    walk = states_walk(call)
-    each = left.new_empty(call.rows, call.chunks, call.keys, call.values, dtype=call.wide)
-    sums = carried.new_empty(call.rows, call.chunks, call.keys)
-    last, last_sum, _ = states(call, walk, left, right, gate, sum_gate, carried, start, (each, sums), reverse=reverse)
-    end = 0 if reverse else -1
+    each = of.left.new_empty(call.rows, call.chunks, call.keys, call.values, dtype=call.wide)
+    sums = of.carried.new_empty(call.rows, call.chunks, call.keys)
+    last, last_sum, _ = states(call, of, start, (each, sums))
+    end = 0 if of.reverse else -1
     shape = (call.batch, call.heads, call.keys)
     return each, sums, last[:, end].reshape(*shape, call.values), last_sum[:, end].reshape(shape)
