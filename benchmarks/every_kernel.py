@@ -1,4 +1,4 @@
-"""One training call of every kernel at a small size: what a memory checker is given to watch.
+"""Two training calls of every kernel at a small size: whether they agree bit for bit; and for a memory checker to watch.
 
     compute-sanitizer --tool memcheck python benchmarks/every_kernel.py
     compute-sanitizer --tool racecheck python benchmarks/every_kernel.py delta linear
@@ -102,6 +102,14 @@ KERNELS: dict[str, Callable[[torch.dtype, Tensor], Made]] = {
 }
 
 
+def training_call(function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> list[Tensor]:
+    """Outputs and gradients."""
+    found = function(*arguments)
+    outputs = found[0] if isinstance(found, tuple) else found
+    cotangent = torch.linspace(-1, 1, outputs.numel(), device=outputs.device, dtype=outputs.dtype).view_as(outputs)
+    return [outputs, *torch.autograd.grad(outputs, arguments, cotangent)]
+
+
 def main(names: list[str]) -> None:
     torch.manual_seed(0)
     reset = torch.zeros(B, T, dtype=torch.bool, device="cuda")
@@ -109,11 +117,13 @@ def main(names: list[str]) -> None:
     for name in names or KERNELS:
         for dtype in (torch.float32, torch.bfloat16):
             function, arguments = KERNELS[name](dtype, reset)
-            found = function(*arguments)
-            outputs = found[0] if isinstance(found, tuple) else found
-            torch.autograd.grad(outputs, arguments, torch.randn_like(outputs))
-            torch.cuda.synchronize()
-            print(f"{name}, {dtype}: finite {bool(outputs.isfinite().all())}", flush=True)
+            first = training_call(function, arguments)
+            same = all(map(torch.equal, first, training_call(function, arguments)))
+            finite = all(bool(tensor.isfinite().all()) for tensor in first)
+            print(
+                f"{name}, {dtype}: {'the same twice' if same else 'DIFFERENT'}, {'' if finite else 'NOT '}finite",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
