@@ -1,4 +1,4 @@
-"""Two training calls of every kernel at a small size: whether they agree bit for bit; and for a memory checker to watch.
+"""Two training calls of every kernel at a small size: do they agree bit for bit? And a memory checker can watch.
 
     compute-sanitizer --tool memcheck python benchmarks/every_kernel.py
     compute-sanitizer --tool racecheck python benchmarks/every_kernel.py delta linear
