@@ -58,6 +58,8 @@ VARIANTS = [
     ("linear_attention", {"normalize": True, "conv": 3, "output_norm": False}),
     ("linear_attention", {"feature_map": "identity"}),
     ("linear_attention", {"feature_map": "relu"}),
+    ("lolcats", {"window": 4, "key_value_heads": 2, "qk_norm": True}),
+    ("lolcats", {"window": 1, "rope": False}),
     ("lru", {"d_state": 7}),
     ("lstm", {"heads": 4, "expand": 2.0}),
     ("m2rnn", {"heads": 4, "key_dim": 4, "value_dim": 4, "query_heads": 2, "key_heads": 4}),

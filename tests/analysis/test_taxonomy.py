@@ -20,8 +20,8 @@ def test_what_is_declared_is_measured(name: str) -> None:
         return
     assert found is not None
     assert found.mixes == traits.channel_mixing
-    # Liger's memory is linear; what is not is its window of softmax attention, which is no memory here.
-    assert found.by_state == (not traits.linear and name != "liger")
+    # Their memory is linear; what is not is their window of softmax attention, which is no memory here.
+    assert found.by_state == (not traits.linear and name not in ("liger", "lolcats"))
     assert found.identity == (traits.transition == "identity")
     if traits.transition.startswith("fixed"):
         assert not found.by_input

@@ -102,15 +102,22 @@ class Attention(Mixer):
         self, queries: Tensor, keys: Tensor, values: Tensor, state: AttentionCache, reset: Tensor | None
     ) -> tuple[Tensor, AttentionCache]:
         """Norms, positions, attention: what every head reads from the cache, (batch, time, heads, head_dim)."""
-        if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        here, following = positions(state.position, queries.shape[1], reset)
-        if self.rope:
-            turned = rotate(torch.cat([queries, keys], dim=2), here, self.base)
-            queries, keys = turned.split([self.heads, self.key_value_heads], dim=2)
+        queries, keys, following = self.place(queries, keys, state.position, reset)
         cache = AttentionState(state.keys, state.values, state.valid)
         outputs, cache = attention(queries, keys, values, cache, window=self.window, reset=reset)
         return outputs, AttentionCache(*cache, following)
+
+    def place(
+        self, queries: Tensor, keys: Tensor, position: Int[Tensor, " batch"], reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Int[Tensor, " batch"]]:
+        """Queries and keys, normed and turned to their positions from `position` on; the position that comes next."""
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        here, following = positions(position, queries.shape[1], reset)
+        if self.rope:
+            turned = rotate(torch.cat([queries, keys], dim=2), here, self.base)
+            queries, keys = turned.split([self.heads, self.key_value_heads], dim=2)
+        return queries, keys, following
 
     def check_state(self, state: State, batch_size: int) -> None:
         """As any mixer's, but the cache may have any length where there is no window."""

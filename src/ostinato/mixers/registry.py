@@ -25,6 +25,7 @@ _BUILT_IN = {
     "liger": "liger:Liger",
     "lightnet": "lightnet:LightNet",
     "linear_attention": "linear_attention:LinearAttention",
+    "lolcats": "lolcats:LoLCATs",
     "lru": "lru:LRU",
     "lstm": "lstm:LSTM",
     "m2rnn": "m2rnn:M2RNN",

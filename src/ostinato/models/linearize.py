@@ -1,4 +1,4 @@
-"""Linearize a trained Transformer: its softmax attention becomes Liger attention, with the same weights.
+"""Linearize a trained Transformer: its softmax attention becomes Liger attention, with the same weights (or LoLCATs').
 
 Source: Liger (arXiv 2503.01496), sections 3.1 and 3.2. No parameter is added; the quality that is lost comes back by
 fine-tuning with `ostinato.layers.lora.add_lora` on the language model's own loss.
@@ -16,6 +16,7 @@ from ostinato.models.llama import from_llama
 from ostinato.models.plan import Layer, Plan
 
 _KEPT = ("heads", "key_value_heads", "rope", "base", "qk_norm")
+_NEW = ("mixer.to_gate.weight", "mixer.query_features", "mixer.key_features", "mixer.window_factor")
 
 
 def linearize(
@@ -33,7 +34,8 @@ def linearize(
 
     Args:
         model: a `LanguageModel` with attention layers, or a Llama-shaped model of transformers (see `from_llama`).
-        recurrence: "gla", "hgrn2" or "gsa"; None for the control, attention in the window alone.
+        recurrence: "gla", "hgrn2" or "gsa"; for a control, None, attention in the window alone, or "lolcats",
+            `LoLCATs` attention, whose features `ostinato.training.attention_transfer` learns.
         window, mix, gate_normalizer, slots, gate: as `Liger`'s.
         tokenizer: of a model of transformers; a `LanguageModel` has its own.
 
@@ -46,16 +48,16 @@ def linearize(
     if not any(layer.name == "attention" for layer in layers):
         raise ConfigurationError(f"there is no attention to linearize in the plan {source.config['plan']!r}")
     options: dict[str, Any] = {"window": window}
-    if recurrence is not None:
+    if recurrence not in (None, "lolcats"):
         options |= {"recurrence": recurrence, "mix": mix, "gate_normalizer": gate_normalizer, "gate": gate}
         options |= {"slots": slots} if recurrence == "gsa" else {}
-    name = "attention" if recurrence is None else "liger"
+    name = {None: "attention", "lolcats": "lolcats"}.get(recurrence, "liger")
     plan = Plan(tuple(_replaced(layer, name, options) for layer in layers))
     with torch.random.fork_rng(devices=[], enabled=gate != "fresh"):
         made = LanguageModel(**{**source.config, "plan": plan})
     made.to(source.embedding.weight)
     found = made.load_state_dict(source.state_dict(), strict=False)
-    foreign = [key for key in found.missing_keys if not key.endswith("mixer.to_gate.weight")] + found.unexpected_keys
+    foreign = [key for key in found.missing_keys if not key.endswith(_NEW)] + found.unexpected_keys
     if foreign:
         raise ConfigurationError(
             f"the model is not what its configuration says: {foreign[0]} has no counterpart; merge_lora(model) makes "
