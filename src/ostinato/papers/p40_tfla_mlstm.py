@@ -17,6 +17,7 @@ from torch import Tensor
 
 import ostinato
 from ostinato.analysis.gated_chunks import fewest_operations, gate_transfer_map, stored_states
+from ostinato.errors import DivergenceError
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.ops.exponential_attention import exponential_attention
 from ostinato.ops.linear_attention import linear_attention
@@ -38,6 +39,11 @@ claims = (
     Claim("states", "longer chunks store fewer states: less memory at first", theirs="13.2 GB at 64, 5.7 at 512"),
     Claim("faster", "the sigmoid cell is faster than the exponential one", theirs="19 against 21 ms; forward 30 %"),
     Claim("length", "time is linear in the length, that of softmax attention grows faster", theirs="table"),
+    Claim(
+        "tokens",
+        "65,536 tokens take the same time in sequences of any length; attention's grows",
+        theirs="18.7 to 19.6 ms, exponential 20.7 to 21.2, FlashAttention-3 12.7 to 227, at 512 to 65,536",
+    ),
     Claim("bias", "an input gate's bias of about −10 is needed for stable training", theirs="notes"),
     Claim("large", "language models of 160M to 1.4B; time against FlashAttention-3 and Mamba-2", theirs="tables"),
 )
@@ -51,7 +57,6 @@ def experiment(run: Run) -> list[Measured]:
     rows = _forms(run) + _costs() + _maps(run) + _text(run) + _speeds(run)
     return [
         *rows,
-        Measured("bias", "not measured", None, "runs of small models were stable with the bias at which they start"),
         Measured("large", "not measured", None, "larger than the budgets; our own kernels stand in the benchmarks"),
     ]
 
@@ -206,13 +211,46 @@ def _text(run: Run) -> list[Measured]:
     each = "; ".join(f"{name} {', '.join(f'{loss:.3f}' for loss in losses)}" for name, losses in found.items())
     baselines = ", ".join(f"{name} {value:.2f}" for name, value in task.baselines().items())
     return [
+        _bias(run, task, found, (width, batch, steps), seeds),
         Measured(
             "gates",
             f"sigmoid less exponential {gap:+.3f} nats",
             abs(gap) <= 0.03 if run.budget != "smoke" else None,
             f"nats per byte, held out: {each}; asked: 0.03 at most; bits per byte of the classics: {baselines}",
-        )
+        ),
     ]
+
+
+def _bias(
+    run: Run, task: Text, found: dict[str, list[float]], sizes: tuple[int, int, int], seeds: list[int]
+) -> Measured:
+    """The same training with input gates that start half open (bias 0)."""
+    if run.budget == "cpu":
+        return Measured("bias", "not measured", None, "trained in the gpu budget: no room for it on two cores")
+    width, batch, steps = sizes
+    opened = {}
+    for name, plan in _PLANS.items():
+        plan = plan.replace(")", ", input_bias=0.0)")
+        part = run.part(f"text {name}, bias 0", _train_or_diverge, plan, width, task, seeds, batch, steps, run)
+        opened[name] = part["scores"]
+    diverged = [name for name, scores in opened.items() if not scores]
+    gaps = {name: mean(scores) - mean(found[name]) for name, scores in opened.items() if scores}
+    needed = bool(diverged) or min(gaps.values()) > 0.03
+    return Measured(
+        "bias",
+        "; ".join([*(f"{name} {gap:+.3f} nats" for name, gap in gaps.items()), *(f"{d} diverged" for d in diverged)]),
+        needed if run.budget != "smoke" else None,
+        "loss with a bias of 0 less with −10; needed: a run diverges, or both gates are worse by more than 0.03; "
+        + "; ".join(f"{name} {', '.join(f'{loss:.3f}' for loss in losses)}" for name, losses in opened.items()),
+    )
+
+
+def _train_or_diverge(*arguments: Any) -> dict[str, Any]:
+    """`_train`, or no scores where the gradient stopped being finite."""
+    try:
+        return _train(*arguments)
+    except DivergenceError:
+        return {"scores": [], "losses": []}
 
 
 def _train(plan: str, width: int, task: Text, seeds: list[int], batch: int, steps: int, run: Run) -> dict[str, Any]:
@@ -238,7 +276,8 @@ def _train(plan: str, width: int, task: Text, seeds: list[int], batch: int, step
 
 def _speeds(run: Run) -> list[Measured]:
     if run.budget != "gpu" or not torch.cuda.is_available():
-        return [Measured(key, "not measured", None, _GPU) for key in ("chunks", "states", "faster", "length")]
+        keys = ("chunks", "states", "faster", "length", "tokens")
+        return [Measured(key, "not measured", None, _GPU) for key in keys]
     chunks, lengths = (32, 64, 128, 256, 512, 1024), (2048, 4096, 8192, 16384)
     run.sizes["speed"] = "batch 2, heads 4, keys 256, values 512, bfloat16, forward and backward, plain PyTorch route"
     found: dict[str, Any] = run.part("speed", _timed, chunks, lengths, 8192, "cuda")
@@ -254,6 +293,7 @@ def _speeds(run: Run) -> list[Measured]:
     def listed(values: list[float], scale: float) -> str:
         return ", ".join(f"{value * scale:.2f}" for value in values)
 
+    rows = [_tokens(run)]
     best = chunks[found["sigmoid"].index(min(found["sigmoid"]))]
     bytes_ = found["bytes"]
     states = ", ".join(f"{2 * 4 * 4 * stored_states(8192, chunk, 256, 512) / 2**30:.2f}" for chunk in chunks)
@@ -261,6 +301,7 @@ def _speeds(run: Run) -> list[Measured]:
     growth = {name: found["lengths"][name][-1] / found["lengths"][name][0] for name in found["lengths"]}
     where = f"chunks {', '.join(map(str, chunks))} at 8192 tokens; plain PyTorch route, not the tiled kernels"
     return [
+        *rows,
         Measured("chunks", f"fastest {best}; ms {listed(found['sigmoid'], 1e3)}", 128 <= best <= 512, where),
         Measured(
             "states",
@@ -278,6 +319,68 @@ def _speeds(run: Run) -> list[Measured]:
             "asked: below 10 against above 10; free route",
         ),
     ]
+
+
+def _tokens(run: Run) -> Measured:
+    """The paper's table: one number of tokens in sequences of every length."""
+    tokens, lengths = 65_536, (512, 2048, 8192, 32_768, 65_536)
+    found: dict[str, list[float]] = run.part("tokens", _timed_tokens, tokens, lengths, "cuda")
+    run.sizes["tokens"] = "65,536 in all, 8 heads, keys 256, values 512; attention 32 heads of 128; bfloat16"
+    run.figure(
+        "Forward and backward of 65,536 tokens, free route",
+        [Series(name, list(lengths), [1e3 * value for value in values]) for name, values in found.items()],
+        x_label="length of a sequence",
+        y_label="milliseconds",
+        log_x=True,
+        log_y=True,
+    )
+    flat = {name: max(values) / min(values) for name, values in found.items()}
+    return Measured(
+        "tokens",
+        "; ".join(f"{name} {', '.join(f'{1e3 * value:.1f}' for value in values)} ms" for name, values in found.items()),
+        max(flat["sigmoid"], flat["exponential"]) <= 1.25 and flat["attention"] >= 2,
+        f"at lengths {', '.join(map(str, lengths))}; longest over shortest time "
+        + ", ".join(f"{name} {value:.2f}" for name, value in flat.items())
+        + "; asked: at most 1.25 for both cells, at least 2 for attention",
+    )
+
+
+def _timed_tokens(tokens: int, lengths: tuple[int, ...], on: str) -> dict[str, list[float]]:
+    """Seconds of forward and backward of both cells and of attention, by the length of the sequences."""
+    device = torch.device(on)
+    found: dict[str, list[float]] = {name: [] for name in ("sigmoid", "exponential", "attention")}
+    for time in lengths:
+        shapes = [(8, 256), (8, 256), (8, 512), (8,), (8,)]
+        arguments = [
+            torch.randn(tokens // time, time, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for shape in shapes
+        ]
+        heads = [
+            torch.randn(tokens // time, 32, time, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(3)
+        ]
+        calls: dict[str, Callable[[], Any]] = {
+            "sigmoid": partial(_pass, _gated, arguments),
+            "exponential": partial(_pass, _stabilised, arguments),
+            "attention": partial(_pass, partial(F.scaled_dot_product_attention, is_causal=True), heads),
+        }
+        for name, timing in time_together(calls, rounds=5, warm_up=2, budget=15, device=device).items():
+            found[name].append(timing.median)
+    return found
+
+
+def _pass(cell: Any, arguments: list[Tensor]) -> None:
+    """Forward and backward."""
+    outputs = cell(*arguments)
+    torch.autograd.grad(outputs.sum(), arguments)
+
+
+def _gated(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+    return linear_attention(q / 16, k * torch.sigmoid(i).unsqueeze(-1), v, F.logsigmoid(f.float()))[0]
+
+
+def _stabilised(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+    return exponential_attention(q / 16, k, v, i.float(), F.logsigmoid(f.float()))[0]
 
 
 def _timed(chunks: tuple[int, ...], lengths: tuple[int, ...], longest: int, on: str) -> dict[str, Any]:
