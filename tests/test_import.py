@@ -30,7 +30,7 @@ ALLOWED = {
     "state": {"errors", "files"},
     "timing": {"errors"},
     "report": {*FOUNDATION},
-    "layers": {*FOUNDATION},
+    "layers": {*FOUNDATION, "ops"},
     "ops": {*FOUNDATION},
     "mixers": {*FOUNDATION, "layers", "ops"},
     "tasks": {*FOUNDATION},

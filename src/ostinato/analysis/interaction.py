@@ -33,6 +33,7 @@ from ostinato.mixers.mamba import Mamba
 from ostinato.mixers.mamba2 import Mamba2
 from ostinato.mixers.s5 import S5
 from ostinato.mixers.time_invariant import TimeInvariant
+from ostinato.ops.routes import backend
 
 Layer = Callable[[Tensor], Any]
 """A map (batch, time, features) -> (batch, time, outputs), or a tuple that starts with it; a module or a function."""
@@ -155,7 +156,8 @@ def _frozen_gates(layer: Layer) -> Iterator[None]:
     assert isinstance(layer, nn.Module)
     handles = [module.register_forward_hook(_cut(live)) for module, live in _gates(layer)]
     try:
-        with _FrozenActivations():
+        # The plain routes, whose operations a mode sees.
+        with _FrozenActivations(), backend(rms_norm="parallel", swiglu="parallel"):
             yield
     finally:
         for handle in handles:

@@ -5,11 +5,11 @@ Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202), sec
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
+from ostinato.ops.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -38,4 +38,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """The map itself."""
-        return self.to_output(F.silu(self.to_gate(x)) * self.to_value(x))
+        return self.to_output(swiglu(self.to_gate(x), self.to_value(x)))

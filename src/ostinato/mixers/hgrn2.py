@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
+from ostinato.layers.rms_norm import RMSNorm
 from ostinato.mixers.base import Mixer, Traits, split_heads
 from ostinato.mixers.heads import MatrixState, cleared, padding, widened
 from ostinato.ops.linear_attention import linear_attention
@@ -54,7 +55,7 @@ class HGRN2(Mixer):
             raise ConfigurationError(f"lower_bound is a decay, at least 0 and below 1, got {lower_bound}")
         self.lower_bound = lower_bound
         self.to_queries, self.to_forget, self.to_values = (nn.Linear(d_model, d_model, bias=False) for _ in range(3))
-        self.norm = nn.RMSNorm(d_model, eps=eps)
+        self.norm = RMSNorm(d_model, eps=eps)
         self.to_output = nn.Linear(d_model, d_model, bias=False)
 
     scan = staticmethod(linear_attention)
@@ -83,8 +84,7 @@ class HGRN2(Mixer):
 
     def read_out(self, outputs: Tensor, x: Tensor) -> Tensor:
         """W_o RMSNorm(o)."""
-        joined = outputs.flatten(-2).to(self.norm.weight.dtype)  # half precision under autocast
-        return self.to_output(self.norm(joined))
+        return self.to_output(self.norm(outputs.flatten(-2)))
 
     def _remember(
         self,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
+from ostinato.ops.checks import product_dtype
 from ostinato.ops.delta_rule import unit_length
+from ostinato.ops.normalization import GATES, gated_rms_norm, rms_norm
 from ostinato.ops.short_convolution import short_convolution
 
 
@@ -88,21 +89,16 @@ class GatedNorm(nn.Module):
 
     def __init__(self, dim: int, *, gate: str | None = "silu", gate_first: bool = False, eps: float = 1e-5) -> None:
         super().__init__()
-        if gate not in ("silu", "sigmoid", None):
+        if gate not in (*GATES, None):
             raise ConfigurationError(f"gate must be 'silu', 'sigmoid' or None, got {gate!r}")
-        self.gate, self.gate_first = gate, gate_first
+        self.gate, self.gate_first, self.eps = gate, gate_first, eps
         self.norm = nn.RMSNorm(dim, eps=eps)
 
     def forward(self, x: Float[Tensor, "... dim"], gate: Float[Tensor, "... dim"] | None = None) -> Tensor:
-        """Normalised and gated, in the type of the weight; computed in the wider of the two."""
-        # Under autocast x may be in half precision and the weight not; or x is a float32 sum that is not yet rounded.
-        narrow = self.norm.weight.dtype
-        x = x.to(torch.promote_types(x.dtype, narrow))
+        """Normalised and gated, in the type of the weight, or autocast's; computed in float32 at least."""
+        weight, eps = self.norm.weight, self.eps
+        # x may be a float32 sum that is not yet rounded: it is rounded here, to what the product behind it reads.
+        dtype = product_dtype(weight)
         if self.gate is None or gate is None:
-            return self._normed(x).to(narrow)
-        opened = F.silu(gate) if self.gate == "silu" else torch.sigmoid(gate)
-        y = self._normed(x * opened) if self.gate_first else self._normed(x) * opened
-        return y.to(narrow)
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.norm.normalized_shape, self.norm.weight.to(x.dtype), self.norm.eps)
+            return rms_norm(x, weight, eps, dtype=dtype)
+        return gated_rms_norm(x, gate, weight, eps, activation=self.gate, gate_first=self.gate_first, dtype=dtype)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError, ShapeError, StateError, UnknownNameError
+from ostinato.layers.rms_norm import RMSNorm
 from ostinato.layers.swiglu import SwiGLU
 from ostinato.mixers.base import Mixer
 from ostinato.models.plan import Plan, parse_plan
@@ -30,9 +31,9 @@ class Block(nn.Module):
 
     def __init__(self, mixer: Mixer, channel_mixer: nn.Module | None, dropout: float, eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(mixer.d_model, eps=eps)
+        self.norm = RMSNorm(mixer.d_model, eps=eps)
         self.mixer = mixer
-        self.channel_norm = nn.RMSNorm(mixer.d_model, eps=eps) if channel_mixer is not None else None
+        self.channel_norm = RMSNorm(mixer.d_model, eps=eps) if channel_mixer is not None else None
         self.channel_mixer = channel_mixer
         self.dropout = nn.Dropout(dropout)
 
@@ -50,10 +51,10 @@ class Block(nn.Module):
             given[name] = context[name]
         given |= {name: context[name] for name in self.mixer.takes if name in context}
         mixed, state = self.mixer(self.norm(x), state, reset=reset, **given)
-        x = x + self.dropout(mixed)
-        if self.channel_mixer is not None and self.channel_norm is not None:
-            x = x + self.dropout(self.channel_mixer(self.channel_norm(x)))
-        return x, state
+        if self.channel_mixer is None or self.channel_norm is None:
+            return x + self.dropout(mixed), state
+        x, normed = self.channel_norm.behind_sum(x, self.dropout(mixed))
+        return x + self.dropout(self.channel_mixer(normed)), state
 
 
 class Backbone(nn.Module):

@@ -12,16 +12,19 @@ from ostinato.ops.kernels import load as _load_kernels
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.long_convolution import long_convolution
 from ostinato.ops.newton_scan import newton_scan
+from ostinato.ops.normalization import add_rms_norm, gated_rms_norm, rms_norm
 from ostinato.ops.recurrent_scan import recurrent_scan
 from ostinato.ops.routes import ENGINES, Engine, backend
 from ostinato.ops.scan import affine_scan, associative_scan
 from ostinato.ops.short_convolution import short_convolution
+from ostinato.ops.swiglu import swiglu
 
 _load_kernels()
 
 __all__ = [
     "ENGINES",
     "Engine",
+    "add_rms_norm",
     "affine_scan",
     "associative_scan",
     "attention",
@@ -29,9 +32,12 @@ __all__ = [
     "delta_rule",
     "diagonal_scan",
     "exponential_attention",
+    "gated_rms_norm",
     "linear_attention",
     "long_convolution",
     "newton_scan",
     "recurrent_scan",
+    "rms_norm",
     "short_convolution",
+    "swiglu",
 ]

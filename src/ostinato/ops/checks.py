@@ -51,6 +51,17 @@ def own_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which a matrix product would take `tensor` here: autocast's where it is on, else its own.
+
+    What is computed for matrix products alone can be rounded to it at once, instead of before each of them.
+    """
+    kind = tensor.device.type
+    if tensor.dtype in (torch.float32, *HALF) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
+
+
 def check_sequence(name: str, tensor: Tensor, axes: str) -> None:
     """Raise unless `tensor` is floating (or complex), has the axes named in `axes`, and no axis is empty.
 

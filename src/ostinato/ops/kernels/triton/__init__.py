@@ -58,6 +58,18 @@ def _short_convolution() -> ModuleType:
     return short_convolution
 
 
+def _normalization() -> ModuleType:
+    from ostinato.ops.kernels.triton import normalization
+
+    return normalization
+
+
+def _swiglu() -> ModuleType:
+    from ostinato.ops.kernels.triton import swiglu
+
+    return swiglu
+
+
 def _matrix_step() -> ModuleType:
     from ostinato.ops.kernels.triton import matrix_step
 
@@ -84,6 +96,8 @@ for _engine, _module in {
     "recurrent_scan": _recurrent_scan,
     "newton_scan": _newton_scan,
     "short_convolution": _short_convolution,
+    "rms_norm": _normalization,
+    "swiglu": _swiglu,
 }.items():
     _register(_engine, _module)
 
