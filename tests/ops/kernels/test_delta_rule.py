@@ -43,10 +43,28 @@ def problem(
     return [q.to(dtype), k.to(dtype), v.to(dtype), beta, g, state]
 
 
-def with_gradients(arguments: list[Tensor | None], cotangents: list[Tensor] | None = None, **options) -> list[Tensor]:
-    """Outputs, last state, and the gradients of all arguments; the cotangents are the same in every precision."""
+def decays(like: Tensor, strength: str) -> Tensor:
+    """Log-decays of the shape of `like`."""
+    strong = torch.rand_like(like) < 0.5
+    return {
+        "weak": torch.full_like(like, -1e-4),
+        "strong": torch.full_like(like, -20.0),
+        "mixed": torch.where(strong, -20.0, -1e-4),
+        "infinite": torch.where(strong, -torch.inf, -1e-2),
+    }[strength]
+
+
+NAMES = "qkvβgsre"
+
+
+def with_gradients(arguments: list[Tensor | None], **options) -> list[Tensor]:
+    """Outputs, last state, and the gradients of all arguments; the cotangents are the same in every precision.
+
+    Beyond those of `problem` there may be two: the keys that read and those that erase.
+    """
     given = [None if x is None else x.detach().requires_grad_() for x in arguments]
-    results = delta_rule(*given, **options)
+    read, erase = given[6:] or (None, None)
+    results = delta_rule(*given[:6], read_keys=read, erase_keys=erase, **options)
     weights = torch.Generator().manual_seed(0)
     loss = 0
     for x in results:
@@ -71,7 +89,7 @@ def assert_exact(arguments: list[Tensor | None], bound: float, decay_bound: floa
     wide = [None if x is None else x.double() for x in arguments]
     with ostinato.backend("reference" if arguments[0].shape[1] <= 100 else "parallel"):
         exact = with_gradients(wide, **options)
-    names = ["outputs", "last", *(n for n, x in zip("qkvβgs", arguments, strict=True) if x is not None)]
+    names = ["outputs", "last", *(n for n, x in zip(NAMES, arguments, strict=False) if x is not None)]
     errors, wrong = {}, []
     for name, ours, theirs in zip(names, found, exact, strict=True):
         assert ours.shape == theirs.shape
@@ -121,13 +139,7 @@ def test_float16(device: torch.device) -> None:
 @pytest.mark.parametrize("strength", ["weak", "strong", "mixed", "infinite"])
 def test_any_decay(device: torch.device, decay: str, strength: str) -> None:
     arguments = problem(device, 40, decay)
-    strong = torch.rand(arguments[4].shape, device=device) < 0.5
-    arguments[4] = {
-        "weak": torch.full_like(arguments[4], -1e-4),
-        "strong": torch.full_like(arguments[4], -20.0),
-        "mixed": torch.where(strong, -20.0, -1e-4),
-        "infinite": torch.where(strong, -torch.inf, -1e-2),
-    }[strength]
+    arguments[4] = decays(arguments[4], strength)
     assert_exact(arguments, FLOAT32, normalize=True)
 
 
@@ -177,6 +189,59 @@ def test_segments(device: torch.device, decay: str, monkeypatch: pytest.MonkeyPa
     assert_exact(arguments, FLOAT32, normalize=True, reset=reset)
 
 
+def with_own_keys(arguments: list[Tensor | None], read: bool = True, erase: bool = True) -> list[Tensor | None]:
+    """Keys to read, to erase and to write, each of its own."""
+    keys = arguments[1]
+    own = [0.5 * F.normalize(torch.randn_like(keys), dim=-1) for _ in range(2)]
+    arguments[1] = F.normalize(keys, dim=-1)
+    return [*arguments, own[0] if read else None, own[1] if erase else None]
+
+
+@pytest.mark.parametrize("time", LENGTHS)
+def test_own_keys(device: torch.device, time: int) -> None:
+    assert_exact(with_own_keys(problem(device, time, "vector", sizes=(1, 2, 16, 24))), FLOAT32)
+
+
+@pytest.mark.parametrize("keys", [(True, False), (False, True)])
+def test_keys_of_their_own_for_one_purpose(device: torch.device, keys: tuple[bool, bool]) -> None:
+    arguments = problem(device, 33, "vector", sizes=(1, 2, 16, 24))
+    assert_exact(with_own_keys(arguments, *keys), FLOAT32, normalize=True)
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+def test_own_keys_with_other_decays(device: torch.device, decay: str) -> None:
+    assert_exact(with_own_keys(problem(device, 35, decay)), FLOAT32)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("erase", [True, False])
+def test_own_keys_and_resets(device: torch.device, n: int, erase: bool) -> None:
+    reset = torch.zeros(2, 37, dtype=torch.bool, device=device)
+    reset[0, [0, 15, 16, 17, 31, 32, 33]] = True
+    reset[1, [5, 32]] = True
+    arguments = with_own_keys(problem(device, 37, "vector", n, (2, 1, 16, 16)), erase=erase)
+    assert_exact(arguments, FLOAT32, reset=reset)
+
+
+@pytest.mark.parametrize("strength", ["weak", "strong", "mixed", "infinite"])
+def test_own_keys_under_any_decay(device: torch.device, strength: str) -> None:
+    arguments = with_own_keys(problem(device, 40, "vector"))
+    arguments[4] = decays(arguments[4], strength)
+    assert_exact(arguments, FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_own_keys_as_rwkv7_has_them(device: torch.device, dtype: torch.dtype) -> None:
+    """r = κ exp(−g), e = κ ⊙ a, no β; half precision."""
+    arguments = problem(device, 70 if INTERPRETED else 1000, "vector", sizes=(1, 1, 64, 64), dtype=dtype)
+    g = arguments[4] = 2 * arguments[4]
+    kappa, rate = F.normalize(torch.randn_like(g), dim=-1), torch.rand_like(g)
+    arguments[1], arguments[3] = 0.2 * arguments[1], None
+    arguments += [(kappa * torch.exp(-g)).to(dtype), (kappa * rate).to(dtype)]
+    bound = BFLOAT16 if dtype == torch.bfloat16 else BFLOAT16 / 4
+    assert_exact(arguments, bound, 4 * bound)
+
+
 def test_strided_arguments(device: torch.device) -> None:
     q, k, v, beta, g, state = problem(device, 20)
     found, expected = [], []
@@ -201,12 +266,15 @@ def test_only_the_last_state(device: torch.device) -> None:
         assert (ours.double() - theirs).norm() <= FLOAT32 * theirs.norm()
 
 
-@pytest.mark.parametrize("decay", ["none", "vector"])
-def test_compiles_as_one_graph(device: torch.device, decay: str) -> None:
-    arguments = problem(device, 20, decay)
+@pytest.mark.parametrize("case", ["none", "vector", "own keys"])
+def test_compiles_as_one_graph(device: torch.device, case: str) -> None:
+    arguments = problem(device, 20, "vector" if case == "own keys" else case)
+    if case == "own keys":
+        arguments = with_own_keys(arguments)
 
     def squares(*tensors: Tensor) -> Tensor:
-        outputs, last = delta_rule(*tensors, normalize=True)
+        read, erase = tensors[6:] or (None, None)
+        outputs, last = delta_rule(*tensors[:6], read_keys=read, erase_keys=erase, normalize=case != "own keys")
         return outputs.square().sum() + last.square().sum()
 
     compiled = torch.compile(squares, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
@@ -233,8 +301,10 @@ def test_refuses(device: torch.device) -> None:
     with ostinato.backend("triton"):
         with pytest.raises(BackendError, match="float64"):
             delta_rule(q.double(), k.double(), v.double())
-        with pytest.raises(BackendError, match="one key"):
-            delta_rule(q, k, v, read_keys=k)
+        with pytest.raises(BackendError, match="at most 8 steps"):
+            delta_rule(
+                q[:, :1], *(x.new_zeros(1, 9, *x.shape[2:]) for x in (k, v)), erase_keys=k.new_zeros(1, 9, 1, 16)
+            )
         with pytest.raises(BackendError, match="one type"):
             delta_rule(q, k, v.half())
         with pytest.raises(BackendError, match="up to 128 channels"):

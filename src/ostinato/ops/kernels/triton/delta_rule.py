@@ -5,6 +5,8 @@ then one walk (`delta_rule_walk`). Backward: the walk again, to have the states 
 with the state's gradient, and the gradients of all chunks at once. Between forward and backward only Y, P and the
 factors of the rows are kept, and none of them where decays are per channel.
 
+Keys of their own to read, to erase and to write are served by the kernels of decays per channel (see `_rows`).
+
 Half precision is multiplied as such and summed up in float32, in which the state is kept on chip.
 """
 
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ostinato.ops.checks import HALF
+from ostinato.ops.delta_rule import unit_length
 from ostinato.ops.kernels.triton import delta_rule_launch as launches
+from ostinato.ops.kernels.triton.delta_rule_launch import Inputs
 from ostinato.ops.kernels.triton.delta_rule_plan import Plan, plan
-from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import without_second_derivative
 from ostinato.ops.kernels.triton.tuned import tuned
 
@@ -35,9 +38,7 @@ def refuses(
     state: Tensor | None,
     read_keys: Tensor | None,
     erase_keys: Tensor | None,
-    reset: Tensor | None,
-    chunk_size: int,
-    normalize: bool,
+    *_: object,
 ) -> str | None:
     """Why these kernels cannot serve the call, or None."""
     if queries.dtype not in (torch.float32, *HALF):
@@ -48,10 +49,9 @@ def refuses(
         return f"the kernels hold head dimensions up to {LARGEST}, got {keys.shape[-1]} and {values.shape[-1]}"
     if queries.dtype == torch.float32 and keys.shape[-1] > LARGEST // 2:
         return f"in float32 the kernels hold keys of up to {LARGEST // 2} channels, got {keys.shape[-1]}"
-    if keys.shape[1] // queries.shape[1] > 16:
-        return "the kernels take at most 16 steps a token"
-    if read_keys is not None or erase_keys is not None:
-        return "the kernels read, erase and write with one key"
+    most = 16 if erase_keys is None else 8
+    if keys.shape[1] // queries.shape[1] > most:
+        return f"the kernels take at most {most} steps a token" + ("" if erase_keys is None else " with keys to erase")
     return None
 
 
@@ -83,13 +83,15 @@ def _forward(
     values: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
-    state: Tensor | None,
+    write_keys: Tensor | None,
     reset: Tensor | None,
+    state: Tensor | None,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs, last state; for the backward pass Y, P, factors of rows and states, and what of segments is kept."""
+    inputs = Inputs(queries, keys, values, beta, log_decay, write_keys, reset, normalize)
     p = _plan(queries, keys, values, log_decay)
-    chunks = launches.prepare(p, queries, keys, beta, log_decay, reset, normalize)
+    chunks = launches.prepare(p, inputs)
     outputs = values.new_empty(p.batch, p.tokens, p.heads, p.value_dim)
     last, entering, transitions = launches.walk(p, chunks, values, state, outputs)
     inverse, scores, factors, carried = _none(queries) if _by_channel(log_decay) else chunks.walks()
@@ -116,8 +118,9 @@ def _backward(
     values: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
-    state: Tensor | None,
+    write_keys: Tensor | None,
     reset: Tensor | None,
+    state: Tensor | None,
     inverse: Tensor,
     scores: Tensor,
     factors: Tensor,
@@ -125,11 +128,12 @@ def _backward(
     segment_states: Tensor,
     transitions: Tensor,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys, values, β, log-decays and initial state (empty where there is none)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys, values, β, log-decays, writing keys (empty where there is none), first state."""
+    inputs = Inputs(queries, keys, values, beta, log_decay, write_keys, reset, normalize)
     p = _plan(queries, keys, values, log_decay)
     if _by_channel(log_decay):
-        chunks = launches.prepare(p, queries, keys, beta, log_decay, reset, normalize)
+        chunks = launches.prepare(p, inputs)
     else:
         chunks = launches.Chunks(queries, keys, keys, inverse, scores, factors, carried, None)
     entering = queries.new_empty(p.pairs, p.chunks, p.key_dim, p.value_dim)
@@ -137,8 +141,8 @@ def _backward(
     fresh, residual = torch.empty_like(values), torch.empty_like(values)
     launches.walk_again(p, chunks, values, state, segment_states, (entering, fresh))
     grad_initial = launches.walk_back(p, chunks, grad_outputs, grad_last, transitions, (leaving, residual))
-    inputs, walked = (queries, keys, values, beta, log_decay, reset), (entering, leaving, fresh, residual)
-    return *launches.gradients(p, chunks, inputs, walked, grad_outputs, normalize), grad_initial
+    walked = (entering, leaving, fresh, residual)
+    return *launches.gradients(p, chunks, inputs, walked, grad_outputs), grad_initial
 
 
 @_backward.register_fake
@@ -150,20 +154,22 @@ def _(
     values: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
+    write_keys: Tensor | None,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, heads, key_dim = (queries.shape[axis] for axis in (0, 2, 3))
 
-    def wide(*shape: int) -> Tensor:
-        return queries.new_empty(shape, dtype=torch.float32)
+    def like(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        return queries.new_empty((0,) if tensor is None else tensor.shape, dtype=dtype)
 
     return (
         torch.empty_like(queries),
         torch.empty_like(keys),
         torch.empty_like(values),
-        wide(*((0,) if beta is None else beta.shape)),
-        wide(*((0,) if log_decay is None else log_decay.shape)),
-        wide(batch, heads, key_dim, values.shape[-1]),
+        like(beta),
+        like(log_decay),
+        like(write_keys, queries.dtype),
+        queries.new_empty(batch, heads, key_dim, values.shape[-1], dtype=torch.float32),
     )
 
 
@@ -177,20 +183,43 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    queries, keys, values, beta, log_decay, state, reset, *kept = ctx.saved_tensors
+    given, state = ctx.saved_tensors[:6], ctx.saved_tensors[7]
+    queries, values = given[0], given[2]
     if grad is None:
         grad = values.new_zeros(*queries.shape[:3], values.shape[-1])
     if grad_last is not None:
         grad_last = grad_last.contiguous()
-    inputs = (queries, keys, values, beta, log_decay, state, reset)
-    found = call_once(_backward, grad.contiguous(), grad_last, *inputs, *kept, ctx.normalize)
-    given = (queries, keys, values, beta, log_decay, state)
+    *found, of_state = _backward(grad.contiguous(), grad_last, *ctx.saved_tensors, ctx.normalize)
     grads = (None if x is None else g.to(x.dtype) for x, g in zip(given, found, strict=True))
-    return *grads, None, None
+    return *grads, None, None if state is None else of_state.to(state.dtype), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-_apply = eagerly(_forward, _save, _differentiate)
+
+
+def _rows(
+    keys: Tensor, values: Tensor, beta: Tensor | None, read_keys: Tensor | None, erase_keys: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Keys that read, values, β and keys that write, of rows S ← S + β w (v − kᵀ S)ᵀ.
+
+    A step that reads and writes with two keys is one such row. One with a third key, e, to erase is two of them:
+    the first reads with r and writes under e, without a value; the second writes under k, and reads nothing.
+    """
+    if read_keys is None and erase_keys is None:
+        return keys, values, beta, None
+    read = keys if read_keys is None else read_keys.to(keys.dtype)
+    if erase_keys is None:
+        return read, values, beta, keys
+
+    def in_turn(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack((first, second), dim=2).flatten(1, 2)
+
+    return (
+        in_turn(read, torch.zeros_like(keys)),
+        in_turn(torch.zeros_like(values), values),
+        None if beta is None else in_turn(beta, beta),
+        in_turn(erase_keys.to(keys.dtype), keys),
+    )
 
 
 def run(
@@ -207,18 +236,28 @@ def run(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """The route: what `ostinato.ops.delta_rule` describes. `chunk_size` is the plain route's alone."""
+    if read_keys is not None or erase_keys is not None:
+        # Only the kernels of decays per channel tell keys that read from keys that write.
+        if log_decay is None:
+            log_decay = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
+        elif not _by_channel(log_decay):
+            log_decay = log_decay.unsqueeze(-1).expand(queries.shape)
+        if normalize:
+            queries, keys, normalize = unit_length(queries), unit_length(keys), False
+    keys, values, beta, write_keys = _rows(keys, values, beta, read_keys, erase_keys)
 
     def dense(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.contiguous()
 
-    outputs, last, *_ = _apply(
+    outputs, last, *_ = _forward(
         queries.contiguous(),
         keys.contiguous(),
         values.contiguous(),
         dense(beta),
         dense(log_decay),
-        dense(state),
+        dense(write_keys),
         None if reset is None else reset.contiguous().view(torch.uint8),
+        dense(state),
         normalize,
     )
     return outputs, last

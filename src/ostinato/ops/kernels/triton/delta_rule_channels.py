@@ -8,6 +8,9 @@ The pairs of tokens are taken by levels s = 1, 2, 4, …: in every block of 2s t
 With R the G of the last early token, exp(G_i − G_j) = exp(G_i − R) exp(R − G_j), both ≤ 1, so that a level is a
 product of matrices, masked to its blocks. The walks are handed keys and queries that carry their decays already.
 
+Rows may write with other keys w than they read with (TIED is False): A_ij = Σ_c k_ic w_jc …, P_tj = Σ_c q_tc w_jc ….
+In a level the late half reads and the early half writes, so that one tile still holds all that it needs.
+
 G is summed up in float32, in float64 where the inputs are float32: differences of sums then keep all digits of a
 weak decay after a strong one.
 
@@ -105,9 +108,16 @@ def level_kept(token, column, segment, column_segment, size):
 
 
 @triton.jit
+def level_keys(read, write, token, size):
+    """The keys of a level: of its late halves those that read, of its early halves those that write."""
+    return tl.where((token // size % 2 == 1)[:, None], read, write)
+
+
+@triton.jit
 def prepare(
     queries,
     keys,
+    write_keys,
     beta,
     totals,
     reset,
@@ -128,6 +138,7 @@ def prepare(
     LEVELS: tl.constexpr,
     BETA: tl.constexpr,
     RESET: tl.constexpr,
+    TIED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     SOLVE: tl.constexpr,
@@ -153,19 +164,21 @@ def prepare(
     q = tl.load(queries + query_offset, mask=token_in[:, None] & key_in, other=0.0).to(tl.float32)
     k *= lengths(k, C, NORMALIZE)[:, None]
     q *= lengths(q, BQ, NORMALIZE)[:, None]
+    w = k if TIED else tl.load(write_keys + key_offset, mask=row_in[:, None] & key_in, other=0.0).to(tl.float32)
     rate = load_rates(beta, start, row, row_in, heads, BETA)
 
     totals += chunk * (BQ * K)
     total = load_totals(totals, row_token, key, BQ, K)
     query_total = load_totals(totals, token, key, BQ, K)
     own = row_token[:, None] == row_token[None, :]
-    narrow = k.to(dtype)
-    lower = tl.where(own, tl.dot(narrow, tl.trans(narrow), input_precision=PRECISION), 0.0)
+    narrow = w.to(dtype)
+    lower = tl.where(own, tl.dot(k.to(dtype), tl.trans(narrow), input_precision=PRECISION), 0.0)
     own = token[:, None] == row_token[None, :]
     score = tl.where(own, tl.dot(q.to(dtype), tl.trans(narrow), input_precision=PRECISION), 0.0)
     for level in tl.range(0, LEVELS, num_stages=1):
         size = 1 << level
-        decayed = (k * level_factor(totals, row_token, key, size, TOKENS, BQ, K)).to(dtype)
+        level_k = k if TIED else level_keys(k, w, row_token, size)
+        decayed = (level_k * level_factor(totals, row_token, key, size, TOKENS, BQ, K)).to(dtype)
         kept = level_kept(row_token, row_token, segment, segment, size)
         lower += tl.where(kept, tl.dot(decayed, tl.trans(decayed), input_precision=PRECISION), 0.0)
         asked = (q * level_factor(totals, token, key, size, TOKENS, BQ, K)).to(dtype)
@@ -181,7 +194,7 @@ def prepare(
     last = load_totals(totals, tl.full([C], BQ - 1, tl.int32), key, BQ, K)
     left = tl.where((segment == last_of(segment, C))[:, None], tl.exp((last - total).to(tl.float32)), 0.0)
     entered = tl.where((segment == 0)[:, None], tl.exp(total.to(tl.float32)), 0.0)
-    tl.store(writing + key_offset, (k * left).to(dtype), mask=row_in[:, None] & key_in)
+    tl.store(writing + key_offset, (w * left).to(dtype), mask=row_in[:, None] & key_in)
     tl.store(reading + key_offset, (k * entered).to(dtype), mask=row_in[:, None] & key_in)
     entered = tl.where((query_segment == 0)[:, None], tl.exp(query_total.to(tl.float32)), 0.0)
     tl.store(asking + query_offset, (q * entered).to(dtype), mask=token_in[:, None] & key_in)
@@ -197,6 +210,7 @@ def prepare(
 def gradients(
     queries,
     keys,
+    write_keys,
     beta,
     totals,
     carried,
@@ -208,6 +222,7 @@ def gradients(
     grad_outputs,
     grad_queries,
     grad_keys,
+    grad_write_keys,
     grad_values,
     grad_beta,
     grad_decay,
@@ -224,6 +239,7 @@ def gradients(
     LEVELS: tl.constexpr,
     BETA: tl.constexpr,
     RESET: tl.constexpr,
+    TIED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -251,6 +267,7 @@ def gradients(
     key_scale = lengths(tl.load(keys + key_offset, mask=key_mask, other=0.0), C, NORMALIZE)
     query_scale = lengths(tl.load(queries + query_offset, mask=query_mask, other=0.0), BQ, NORMALIZE)
     totals += chunk * (BQ * K)
+    writers = keys if TIED else write_keys
 
     # A log-decay weighs what the rows from its own on read, less what of theirs is read, and what of the rows before
     # it leaves. Pairs of one token, and rows that leave after it, are left out of the sums, not cancelled. The sums
@@ -280,8 +297,8 @@ def gradients(
     for level in tl.range(0, LEVELS, num_stages=1):
         size = 1 << level
         again = (level >> 8) * 128
-        k = load_scaled(keys + key_offset + again, key_mask, key_scale)
-        decayed = (k * level_factor(totals + again, row_token, key, size, TOKENS, BQ, K)).to(dtype)
+        w = load_scaled(writers + key_offset + again, key_mask, key_scale)
+        decayed = (w * level_factor(totals + again, row_token, key, size, TOKENS, BQ, K)).to(dtype)
         kept = level_kept(token, row_token, query_segment, segment, size)
         part = tl.where(kept, of_score, tl.zeros_like(of_score))
         weighed = tl.dot(part, decayed, input_precision=PRECISION)
@@ -289,8 +306,8 @@ def gradients(
     q = load_scaled(queries + query_offset, query_mask, query_scale)
     tl.store(grad_decay + query_offset, tl.dot(asks, q * to_query, input_precision=PRECISION), mask=query_mask)
     part = tl.where(own_token, of_score, tl.zeros_like(of_score))
-    k = load_scaled(keys + key_offset, key_mask, key_scale)
-    to_query = tl.dot(part, k.to(dtype), to_query, input_precision=PRECISION)
+    w = load_scaled(writers + key_offset, key_mask, key_scale)
+    to_query = tl.dot(part, w.to(dtype), to_query, input_precision=PRECISION)
     if NORMALIZE:
         q = load_scaled(queries + query_offset, query_mask, query_scale)
         to_query = (to_query - q * tl.sum(to_query * q, 1)[:, None]) * query_scale[:, None]
@@ -324,7 +341,10 @@ def gradients(
         part = tl.where(kept, of_score, tl.zeros_like(of_score))
         column = tl.dot(tl.trans(part), asked, input_precision=PRECISION)
         factor = level_factor(totals + again, row_token, key, size, TOKENS, BQ, K)
-        decayed = (load_scaled(keys + key_offset + again, key_mask, key_scale) * factor).to(dtype)
+        k = load_scaled(keys + key_offset + again, key_mask, key_scale)
+        if not TIED:
+            k = level_keys(k, load_scaled(write_keys + key_offset + again, key_mask, key_scale), row_token, size)
+        decayed = (k * factor).to(dtype)
         kept = level_kept(row_token, row_token, segment, segment, size)
         pairs = tl.where(kept, to_lower, 0.0)
         pairs = pairs.to(dtype)
@@ -344,15 +364,25 @@ def gradients(
     total = load_totals(totals, row_token, key, BQ, K)
     to_read -= of_state * tl.where((segment == 0)[:, None], rate[:, None] * tl.exp(total.to(tl.float32)), 0.0)
     k = load_scaled(keys + key_offset, key_mask, key_scale)
-    change = tl.dot(reads, k * (to_read - to_write), input_precision=PRECISION)
+    if TIED:
+        w = k
+        weight = k * (to_read - to_write)
+    else:
+        w = load_scaled(write_keys + key_offset, key_mask, key_scale)
+        weight = k * to_read - w * to_write
+    change = tl.dot(reads, weight, input_precision=PRECISION)
     if MICRO > 1:
         own = tl.where(row_token[:, None] == row_token[None, :], to_lower, 0.0).to(dtype)
-        to_read = tl.dot(own, k.to(dtype), to_read, input_precision=PRECISION)
+        to_read = tl.dot(own, w.to(dtype), to_read, input_precision=PRECISION)
         to_write = tl.dot(tl.trans(own), k.to(dtype), to_write, input_precision=PRECISION)
     part = tl.where(own_token, of_score, tl.zeros_like(of_score))
     q = load_scaled(queries + query_offset, query_mask, query_scale)
     to_write = tl.dot(tl.trans(part), q.to(dtype), to_write, input_precision=PRECISION)
-    to_key = to_read + to_write
+    if TIED:
+        to_key = to_read + to_write
+    else:
+        to_key = to_write
+        tl.store(grad_keys + key_offset, to_read.to(dtype), mask=key_mask)
     tl.debug_barrier()
     change += tl.load(grad_decay + query_offset, mask=query_mask, other=0.0)
 
@@ -375,8 +405,8 @@ def gradients(
     left = tl.exp((last - total).to(tl.float32))
     of_state *= tl.where((segment == last_of(segment, C))[:, None], rate[:, None] * left, 0.0)
     to_key += of_state
-    k = load_scaled(keys + key_offset, key_mask, key_scale)
-    change = tl.dot(1.0 - reads, k * of_state, change, input_precision=PRECISION)
+    w = load_scaled(writers + key_offset, key_mask, key_scale)
+    change = tl.dot(1.0 - reads, w * of_state, change, input_precision=PRECISION)
     change += (tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * kept_state)[None, :]
     if RESET:
         begin = tl.load(reset + first + token, mask=token_in, other=0)
@@ -386,4 +416,4 @@ def gradients(
     if NORMALIZE:
         k = load_scaled(keys + key_offset, key_mask, key_scale)
         to_key = (to_key - k * tl.sum(to_key * k, 1)[:, None]) * key_scale[:, None]
-    tl.store(grad_keys + key_offset, to_key.to(dtype), mask=key_mask)
+    tl.store((grad_keys if TIED else grad_write_keys) + key_offset, to_key.to(dtype), mask=key_mask)

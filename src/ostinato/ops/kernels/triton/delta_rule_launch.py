@@ -15,6 +15,37 @@ from ostinato.ops.kernels.triton.delta_rule_plan import Plan, cdiv
 from ostinato.ops.kernels.triton.launch import dot_precision, power_of_two
 
 
+class Inputs(NamedTuple):
+    """What a call is given, beside the initial state."""
+
+    queries: Tensor
+    keys: Tensor
+    """Those that read, and those that write where these have none of their own."""
+    values: Tensor
+    beta: Tensor | None
+    log_decay: Tensor | None
+    write_keys: Tensor | None
+    """Only where decays are per channel."""
+    reset: Tensor | None
+    normalize: bool
+
+    def options(self) -> dict[str, Any]:
+        """The compile-time constants of the kernels of chunks that say what there is."""
+        return {
+            "BETA": self.beta is not None,
+            "RESET": self.reset is not None,
+            "NORMALIZE": self.normalize,
+            "PRECISION": dot_precision(self.queries.dtype),
+        }
+
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Writing keys, β, log-decays and resets; in the place of those there are not, any tensor."""
+        write_keys, beta, log_decay, reset = (
+            self.keys if x is None else x for x in (self.write_keys, self.beta, self.log_decay, self.reset)
+        )
+        return write_keys, beta, log_decay, reset
+
+
 class Chunks(NamedTuple):
     """What a call's chunks are made of: all that the walks read beside the values."""
 
@@ -35,15 +66,6 @@ class Chunks(NamedTuple):
         return self.inverse, self.scores, self.factors, self.carried
 
 
-def _options(queries: Tensor, beta: Tensor | None, reset: Tensor | None, normalize: bool) -> dict[str, Any]:
-    return {
-        "BETA": beta is not None,
-        "RESET": reset is not None,
-        "NORMALIZE": normalize,
-        "PRECISION": dot_precision(queries.dtype),
-    }
-
-
 def empty_chunks(p: Plan, queries: Tensor, *, channels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for Y, P, the factors of the rows and those of the states."""
     kept = (p.pairs, p.chunks)
@@ -55,32 +77,24 @@ def empty_chunks(p: Plan, queries: Tensor, *, channels: bool) -> tuple[Tensor, T
     )
 
 
-def prepare(
-    p: Plan,
-    queries: Tensor,
-    keys: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    reset: Tensor | None,
-    normalize: bool,
-) -> Chunks:
+def prepare(p: Plan, inputs: Inputs) -> Chunks:
     """Y, P and the factors of all chunks; where decays are per channel also their sums, and all decayed."""
-    options = _options(queries, beta, reset, normalize)
+    queries, keys, options = inputs.queries, inputs.keys, inputs.options()
+    write_keys, beta, log_decay, reset = inputs.pointers()
     options["SOLVE"] = "ieee" if queries.dtype == torch.float32 else "tf32"
-    rates, flags = keys if beta is None else beta, keys if reset is None else reset
-    if log_decay is None or log_decay.ndim == 3:
+    if inputs.log_decay is None or inputs.log_decay.ndim == 3:
         room = empty_chunks(p, queries, channels=False)
         of_heads.prepare[(p.chunks, p.pairs)](
             queries,
             keys,
-            rates,
-            keys if log_decay is None else log_decay,
-            flags,
+            beta,
+            log_decay,
+            reset,
             *room,
             *p.sizes(),
             **p.constants(),
             **options,
-            DECAY=log_decay is not None,
+            DECAY=inputs.log_decay is not None,
             EXACT=queries.dtype == torch.float32,
             num_warps=p.prepare_warps,
             maxnreg=p.prepare_registers,
@@ -92,7 +106,7 @@ def prepare(
     block = min(32, p.key_block)
     of_channels.cumulate[(cdiv(p.key_dim, block), p.chunks, p.pairs)](
         log_decay,
-        flags,
+        reset,
         totals,
         room[3],
         *p.sizes(),
@@ -101,16 +115,17 @@ def prepare(
         C=p.chunk,
         MICRO=p.micro,
         BQ=p.query_block,
-        RESET=reset is not None,
+        RESET=inputs.reset is not None,
         num_warps=4,
     )
     asking, reading, writing = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(keys)
     of_channels.prepare[(p.chunks, p.pairs)](
         queries,
         keys,
-        rates,
+        write_keys,
+        beta,
         totals,
-        flags,
+        reset,
         *room[:3],
         asking,
         reading,
@@ -119,6 +134,7 @@ def prepare(
         **p.constants(),
         **options,
         LEVELS=p.levels,
+        TIED=inputs.write_keys is None,
         num_warps=p.prepare_warps,
         maxnreg=p.prepare_registers,
     )
@@ -274,26 +290,22 @@ def walk_back(
 
 
 def gradients(
-    p: Plan,
-    chunks: Chunks,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
-    walked: tuple[Tensor, Tensor, Tensor, Tensor],
-    grad_outputs: Tensor,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys, values, β and log-decays (empty where there is none).
+    p: Plan, chunks: Chunks, inputs: Inputs, walked: tuple[Tensor, Tensor, Tensor, Tensor], grad_outputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys, values, β, log-decays and writing keys (empty where there is none).
 
     `walked` are S, dS', r and e of all chunks.
     """
-    queries, keys, values, beta, log_decay, reset = inputs
+    queries, keys = inputs.queries, inputs.keys
+    write_keys, beta, log_decay, reset = inputs.pointers()
     grad_beta, grad_decay = (
-        queries.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (beta, log_decay)
+        queries.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (inputs.beta, inputs.log_decay)
     )
-    found = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values), grad_beta, grad_decay
-    rates, flags = keys if beta is None else beta, keys if reset is None else reset
+    grad_queries, grad_keys, grad_values = (torch.empty_like(x) for x in inputs[:3])
+    grad_write_keys = keys.new_empty(0 if inputs.write_keys is None else keys.shape)
     options = {
         **p.constants(values=p.gradient_block),
-        **_options(queries, beta, reset, normalize),
+        **inputs.options(),
         "STAGES": p.gradient_stages,
         "num_warps": p.gradient_warps,
         "maxnreg": p.gradient_registers,
@@ -302,31 +314,42 @@ def gradients(
         of_heads.gradients[(p.chunks, p.pairs)](
             queries,
             keys,
-            rates,
-            keys if log_decay is None else log_decay,
-            flags,
+            beta,
+            log_decay,
+            reset,
             chunks.scores,
             *walked,
             grad_outputs,
-            *found,
+            grad_queries,
+            grad_keys,
+            grad_values,
+            grad_beta,
+            grad_decay,
             *p.sizes(),
             **options,
-            DECAY=log_decay is not None,
+            DECAY=inputs.log_decay is not None,
             EXACT=queries.dtype == torch.float32,
         )
     else:
         of_channels.gradients[(p.chunks, p.pairs)](
             queries,
             keys,
-            rates,
+            write_keys,
+            beta,
             chunks.totals,
             chunks.carried,
-            flags,
+            reset,
             *walked,
             grad_outputs,
-            *found,
+            grad_queries,
+            grad_keys,
+            grad_write_keys,
+            grad_values,
+            grad_beta,
+            grad_decay,
             *p.sizes(),
             **options,
             LEVELS=p.levels,
+            TIED=inputs.write_keys is None,
         )
-    return found
+    return grad_queries, grad_keys, grad_values, grad_beta, grad_decay, grad_write_keys
