@@ -44,7 +44,7 @@ def test_every_part_runs_and_is_kept(tiny: LanguageModel, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_bits_per_byte(tiny: LanguageModel) -> None:
     reach, pieces = 20, 3
-    scores = liger_smollm2._scores(tiny, reach, pieces)
+    scores = liger_smollm2._scores(tiny, reach, pieces, reach, pieces)
     tokens = torch.tensor(list(Text().test_bytes[: reach * pieces + 1]))
     nats = 0.0
     for piece in range(pieces):

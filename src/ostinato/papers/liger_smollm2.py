@@ -31,6 +31,7 @@ from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
 from ostinato.tasks.text import Text, find_text
 from ostinato.timing import time_together
+from ostinato.training.attention_transfer import transfer_attention
 from ostinato.training.fit import fit
 
 NAME = "smollm2"
@@ -45,6 +46,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "Liger-GLA": {},
     "Liger-HGRN2": {"recurrence": "hgrn2"},
     "window alone": {"recurrence": None},
+    "LoLCATs": {"recurrence": "lolcats"},
 }
 _COMPARED = ("Liger-GLA", "window alone")
 """The arms of claims that are differences: all seeds; the others are reported from one."""
@@ -57,30 +59,34 @@ def measure(run: Run) -> list[Measured]:
     reason = missing(run.budget)
     if reason is not None:
         return [Measured(claim.key, "not measured", None, reason) for claim in claims]
-    updates = run.choose(smoke=1, cpu=0, gpu=100)
-    length, batch = run.choose(smoke=24, cpu=0, gpu=1024), run.choose(smoke=2, cpu=0, gpu=8)
-    reach, pieces = run.choose(smoke=32, cpu=1024, gpu=4096), run.choose(smoke=2, cpu=2, gpu=24)
+    updates = run.choose(smoke=2, cpu=0, gpu=100)
+    batch, length = run.choose(smoke=2, cpu=0, gpu=8), run.choose(smoke=24, cpu=512, gpu=1024)
+    pieces = run.choose(smoke=2, cpu=4, gpu=64)
+    far = run.choose(smoke=(48, 1), cpu=(1024, 1), gpu=(4096, 12))
     seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=1, gpu=3))]
     contexts = run.choose(smoke=[16, 32], cpu=[512, 2048], gpu=[1024, 4096, 16384, 65536])
     arms = [name for name in ARMS if run.budget != "cpu" or name != "Liger-HGRN2"]
     run.sizes |= {
         "SmolLM2: text": f"{find_text()[0]}, its last tenth (by bytes) held out; Python's documentation beside it",
-        "SmolLM2: scored": f"{pieces} pieces of {reach} tokens of each, read from their beginnings, in float32",
-        "SmolLM2: adaptation": f"LoRA 8 on q, k, v, {updates} steps of {batch} × {length} tokens, AdamW 1e-3",
+        "SmolLM2: scored": f"{pieces} pieces of {length} tokens of each text, read from their beginnings, in float32; "
+        f"by position: {far[1]} pieces of {far[0]}",
+        "SmolLM2: adaptation": f"LoRA 8 on q, k, v, {updates} steps of {batch} × {length} tokens, AdamW 1e-3; LoLCATs: "
+        "the first half of them attention transfer, AdamW 1e-2",
         "SmolLM2: conversion": "window 64, mix 0.5, gate normalizer 16",
         "SmolLM2: seeds": f"{len(seeds)} of {', '.join(_COMPARED)}; 1 of the others",
     }
-    converted = {name: run.part(f"real converted {name}", _converted, name, reach, pieces) for name in arms}
+    sizes = (length, pieces, *far)
+    converted = {name: run.part(f"real converted {name}", _converted, name, *sizes) for name in arms}
     adapted: dict[str, list[dict[str, Any]]] = {}
     if updates:
         adapted = {
             name: [
-                run.part(f"real adapted {name} {seed}", _adapted, name, updates, batch, length, reach, pieces, seed)
+                run.part(f"real adapted {name} {seed}", _adapted, name, updates, batch, seed, *sizes)
                 for seed in (seeds if name in _COMPARED else seeds[:1])
             ]
             for name in arms
         }
-    speed = run.part("real decoding", _decoding, contexts, run.choose(smoke=2, cpu=8, gpu=32))
+    speed = run.part("real decoding", _decoding, contexts, run.choose(smoke=2, cpu=8, gpu=16))
     _figures(run, converted, adapted, contexts, speed)
     rows = [*_quality(converted, adapted), _speed(contexts, speed)]
     if run.budget != "gpu":
@@ -123,54 +129,63 @@ def _task(length: int) -> Text:
     return Text(files=find_text()[1], window=length, carry=False, tokenizer=_original().tokenizer)
 
 
-@lru_cache(maxsize=4)
-def _held_out(reach: int, pieces: int) -> dict[str, tuple[Tensor, int]]:
-    """Of each text: pieces (n, reach + 1) of its tokens, the last of each the first of the next, and their bytes."""
+@lru_cache(maxsize=8)
+def _held_out(text: str, length: int, pieces: int) -> tuple[Tensor, int]:
+    """Pieces (n, length + 1) of a text's tokens, the last of each the first of the next, and their bytes."""
     name, files = find_text()
-    texts = {name: Text(files=files).test_bytes}
-    if files:
-        texts["Python's documentation"] = Text().train_bytes + Text().test_bytes
-    found = {}
-    for name, text in texts.items():
-        tokens = _original().tokenizer.encode(text[: 8 * reach * pieces].decode(errors="ignore"))
-        count = min(pieces, (len(tokens) - 1) // reach)
-        rows = torch.tensor(tokens[: count * reach + 1]).unfold(0, reach + 1, reach)
-        found[name] = rows, len(_original().tokenizer.decode(tokens[1 : count * reach + 1]).encode())
-    return found
+    data = Text(files=files).test_bytes if text == name else Text().train_bytes + Text().test_bytes
+    tokenizer = _original().tokenizer
+    tokens = tokenizer.encode(data[: 8 * length * pieces].decode(errors="ignore"))
+    count = min(pieces, (len(tokens) - 1) // length)
+    rows = torch.tensor(tokens[: count * length + 1]).unfold(0, length + 1, length)
+    return rows, len(tokenizer.decode(tokens[1 : count * length + 1]).encode())
+
+
+def _texts() -> list[str]:
+    """The text that is adapted to, and the one that is not; one, if Python's documentation is all there is."""
+    return list(dict.fromkeys([find_text()[0], "Python's documentation"]))
 
 
 @torch.no_grad()
-def _scores(model: LanguageModel, reach: int, pieces: int) -> dict[str, Any]:
+def _scores(model: LanguageModel, length: int, pieces: int, far: int, far_pieces: int) -> dict[str, Any]:
     """Bits per byte of each text; nats per token of the first at the positions between two `_BOUNDS`."""
     model.eval()
     scores: dict[str, Any] = {}
-    for name, (rows, size) in _held_out(reach, pieces).items():
-        nats = torch.cat([_nats(model, row.to(model.device)) for row in rows.split(4 if _device() == "cuda" else 1)])
-        scores[name] = float(nats.sum(dtype=torch.float64)) / math.log(2) / size
-        if "by position" not in scores:
-            parts = [nats[:, start:stop] for start, stop in pairwise(_BOUNDS) if start < reach]
-            scores["by position"] = [float(part.mean()) for part in parts]
+    for name in _texts():
+        rows, size = _held_out(name, length, pieces)
+        scores[name] = float(_nats(model, rows).sum(dtype=torch.float64)) / math.log(2) / size
+    nats = _nats(model, _held_out(_texts()[0], far, far_pieces)[0])
+    scores["by position"] = [float(nats[:, start:stop].mean()) for start, stop in pairwise(_BOUNDS) if start < far]
     return scores
 
 
 def _nats(model: LanguageModel, rows: Tensor) -> Tensor:
-    logits, _ = model(rows[:, :-1])
-    return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").cpu()
+    """Of every token but the first, (n, length)."""
+    found = []
+    for part in rows.split(max(1, 16384 // rows.shape[1]) if _device() == "cuda" else 1):
+        part = part.to(model.device)
+        logits, _ = model(part[:, :-1])
+        found.append(F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none").cpu())
+    return torch.cat(found)
 
 
-def _converted(name: str, reach: int, pieces: int) -> dict[str, Any]:
-    return _scores(_made(name).to(_device()), reach, pieces)
+def _converted(name: str, *sizes: int) -> dict[str, Any]:
+    return _scores(_made(name).to(_device()), *sizes)
 
 
-def _adapted(name: str, updates: int, batch: int, length: int, reach: int, pieces: int, seed: int) -> dict[str, Any]:
-    """The scores after LoRA on the language model's loss."""
+def _adapted(name: str, updates: int, batch: int, seed: int, *sizes: int) -> dict[str, Any]:
+    """The scores after LoRA on the language model's loss; LoLCATs spends half of the updates on attention transfer."""
     torch.manual_seed(seed)
-    model = _made(name)
+    model, task = _made(name).to(_device()), _task(sizes[0])
+    transfers = updates // 2 if name == "LoLCATs" else 0
+    if transfers:
+        shown = (task.train_batch(step, batch, seed).inputs for step in range(transfers))
+        transfer_attention(model, _made("original").to(_device()), shown)
     add_lora(model, rank=8)
     fit(
         model.train(),
-        _task(length),
-        steps=updates,
+        task,
+        steps=updates - transfers,
         batch_size=batch,
         learning_rate=1e-3,
         weight_decay=0.0,
@@ -181,7 +196,7 @@ def _adapted(name: str, updates: int, batch: int, length: int, reach: int, piece
         evaluate_every=0,
         evaluation_batches=1,
     )
-    return _scores(model, reach, pieces)
+    return _scores(model, *sizes)
 
 
 @torch.no_grad()
@@ -224,7 +239,7 @@ def _decoding(contexts: list[int], steps: int) -> dict[str, dict[str, list[float
             graphs = {"original, fixed cache": CapturedStep(decoder, cache), "Liger-GLA": CapturedStep(liger, state)}
             for name, graph in graphs.items():
                 calls[f"{name}, graph"] = lambda graph=graph: [graph(token) for _ in range(steps)]
-        times = time_together(calls, rounds=5, warm_up=1, device=device)
+        times = time_together(calls, rounds=3, warm_up=1, device=device)
         for name, timing in times.items():
             found["tokens/s"].setdefault(name, []).append(steps / timing.median)
         for name, size in sizes.items():

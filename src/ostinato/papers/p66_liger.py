@@ -19,6 +19,7 @@ from ostinato.papers import liger_smollm2
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
 from ostinato.tasks.text import Text
+from ostinato.training.attention_transfer import transfer_attention
 from ostinato.training.fit import fit
 
 claims = (
@@ -38,6 +39,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     "window alone": {"recurrence": None},
     "Liger-HGRN2": {"recurrence": "hgrn2"},
     "Liger-GSA": {"recurrence": "gsa"},
+    "LoLCATs": {"recurrence": "lolcats"},
     "teacher": {},
     "random weights": {},
 }
@@ -58,7 +60,7 @@ def experiment(run: Run) -> list[Measured]:
         "adaptation": f"LoRA 8 on q, k, v, {updates} steps of 8, AdamW 1e-3, window {_WINDOW}, 16 slots",
         "share of the teacher's tokens": updates * 8 / (steps * 16),
         "seeds": f"{len(seeds)} of {', '.join(_COMPARED)}; 1 of the others, and of the teacher",
-        "not built": "the two-stage control (LoLCATs)",
+        "LoLCATs": "the first half of its updates are attention transfer (AdamW 1e-2), the second LoRA",
     }
     folder = run.folder / f"teacher-{run.budget}-{run.seed}"
     run.part("teacher", _teach, folder, width, length, steps, run.seed)
@@ -141,6 +143,11 @@ def _adapt(folder: Path, name: str, length: int, updates: int, seed: int) -> dic
     if name == "random weights":
         model = LanguageModel(**model.config)
     before = _nats(model, task, length)
+    transfers = updates // 2 if name == "LoLCATs" else 0
+    if transfers:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        shown = (task.train_batch(step, 8, seed).inputs for step in range(transfers))
+        transfer_attention(model.to(device), teacher.to(device), shown)
     if name != "random weights":
         add_lora(model, rank=8)
         for part, parameter in model.named_parameters():
@@ -149,7 +156,7 @@ def _adapt(folder: Path, name: str, length: int, updates: int, seed: int) -> dic
     fit(
         model.train(),
         task,
-        steps=updates,
+        steps=updates - transfers,
         batch_size=8,
         learning_rate=1e-3,
         weight_decay=0.0,
