@@ -99,6 +99,21 @@ def test_every_held_out_byte_is_predicted_once(book: Path, rows: int, window: in
     assert b"".join(questions) == (task.train_bytes[-1:] + task.test_bytes)[:-1]
 
 
+def test_pieces_of_the_held_out_text(book: Path) -> None:
+    task = Text(files=(str(book),), window=16, held_out=0.3)
+    held = list(task.test_bytes)
+    batches = list(task.pieces(40, 7, rows=4))
+    inputs = torch.cat([batch.inputs for batch in batches])
+    assert max(len(batch.inputs) for batch in batches) == 4 and bool(batches[-1].mask.all())
+    starts = range(0, len(held) - 40, 7)
+    assert inputs.tolist() == [held[start : start + 40] for start in starts]
+    assert torch.cat([batch.targets for batch in batches]).tolist() == [held[i + 1 : i + 41] for i in starts]
+    with pytest.raises(DataError, match="ask for less"):
+        next(task.pieces(len(held), 1))
+    with pytest.raises(ConfigurationError, match="positive"):
+        next(task.pieces(8, 0))
+
+
 def test_bits_per_byte_of_guessing_is_eight(book: Path) -> None:
     task = Text(files=(str(book),), window=16)
     tallies = [task.score(torch.zeros(*b.inputs.shape, 256), b)["bits_per_byte"] for b in task.test_batches()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ostinato
-from ostinato.analysis.state_collapse import language_batch, loss_by_position, state_size
+from ostinato.analysis.state_collapse import loss_by_position, state_size
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.ops.delta_rule import delta_rule
 from ostinato.papers.runner import Claim, Measured, Run
@@ -323,9 +323,7 @@ def _longer(
 
     So all bins hold nearly the same bytes, and a difference between two of them is one of position.
     """
-    tokens = torch.frombuffer(bytearray(task.test_bytes), dtype=torch.uint8).long()
-    pieces = tokens.unfold(0, min(bins[-1], len(tokens) - 1) + 1, task.window)
-    batches = [language_batch(rows) for rows in pieces.split(32)]
+    batches = list(task.pieces(bins[-1], task.window))
     losses = []
     for group in [seeds] if torch.cuda.is_available() else [[seed] for seed in seeds]:
         ensemble = fit_together(

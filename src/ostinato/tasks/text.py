@@ -143,6 +143,20 @@ class Text(Task):
             # Token i of the held-out text is predicted from the one before it, the first from the training text's last.
             yield as_batch(answers[index], answers[index + 1], inside)
 
+    def pieces(self, length: int, apart: int, rows: int = 32) -> Iterator[Batch]:
+        """The held-out text in pieces of `length` tokens that begin `apart` tokens one after the other, `rows` at once.
+
+        Each is read from an empty state. With `apart` much below `length` every position meets nearly the same tokens,
+        so that losses at two positions differ by the positions alone. Raises `DataError` if the text is shorter.
+        """
+        require(length >= 1 and apart >= 1 and rows >= 1, f"sizes must be positive, got {length}, {apart}, {rows}")
+        if len(self._test) <= length:
+            raise DataError(f"{len(self._test)} tokens are held out: none has {length} before it; ask for less")
+        cut = np.lib.stride_tricks.sliding_window_view(self._test, length + 1)[::apart]
+        for start in range(0, len(cut), rows):
+            part = cut[start : start + rows]
+            yield as_batch(part[:, :-1], part[:, 1:], np.ones((len(part), length)))
+
     @cached_property
     def _bytes_per_token(self) -> float:
         return len(self.test_bytes) / len(self._test)
