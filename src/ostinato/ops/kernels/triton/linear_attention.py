@@ -10,7 +10,6 @@ range states and scores outgrow, is multiplied by them in tf32, which has its di
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,13 +102,13 @@ def backward(
     """Gradients of queries, keys, values, log-decays and state; empty where there is no such argument."""
     queries, keys, values, grad = map(_rowwise, (queries, keys, values, grad.to(queries.dtype)))
     walks, initial = _walks(queries, values, log_decay, reset), _as_state(state, queries.dtype)
-    back, flowing = replace(walks, reverse=True), _as_state(grad_last, queries.dtype)
+    flowing = _as_state(grad_last, queries.dtype)
     end, start = _state_like(queries, values), _state_like(queries, values)
     entering = walks.entering(keys, values, initial, end)
-    behind = back.entering(queries, grad, flowing, start)
+    behind = walks.entering(queries, grad, flowing, start, reverse=True)
     of_queries, of_keys, of_decay = walks.gradients(queries, keys, values, grad, entering, behind, end)
     first = start if state is not None and behind is flowing else None
-    of_values = back.outputs(keys, queries, grad, initial=behind, last=first)
+    of_values = walks.outputs(keys, queries, grad, initial=behind, last=first, reverse=True)
     of_state = queries.new_empty(0) if state is None else start.to(state.dtype)
     return of_queries, of_keys, of_values, of_decay, of_state
 

@@ -5,7 +5,7 @@ The kernels, and the mathematics, are in `linear_attention_by_key` and `linear_a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,17 +55,21 @@ class ChannelWalks(Walks):
     """One decay per key channel."""
 
     log_decay: Tensor
-    sums: dict[str, Tensor]
-    """What `linear_attention_channels.channel_sums` makes of them, by the names of the kernels' arguments."""
+    centred: Tensor
+    totals: Tensor
+    strong: Tensor
+    """These three are what `linear_attention_channels.channel_sums` makes of them."""
 
-    def _launch(self, kernel: Any, values: Tensor, sizes: Plan, arguments: dict[str, Any]) -> None:
+    def _launch(
+        self, kernel: Any, values: Tensor, sizes: Plan, arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
         """Both kinds of the kernel; in float32 all sequences count as strong, which loses the fewest digits."""
-        arguments |= {"log_decay": self.log_decay, "reset": self.reset, "levels": self.rows.bit_length() - 1}
-        arguments |= {name: self.sums[name] for name in ("totals", "strong")}
-        arguments["FINE"] = values.dtype == torch.float32
-        if values.dtype != torch.float32:
-            kernel[self.grid(values, sizes)](**arguments, STRONG=0)
-        kernel[self.grid(values, sizes)](**(arguments | {"STRONG": 1, "STAGES": 1}))
+        fine, grid = values.dtype == torch.float32, self.grid(values, sizes)
+        shared = (self.log_decay, self.reset, self.totals, self.strong, self.rows.bit_length() - 1)
+        if not fine:
+            kernel[grid](*arguments, *shared, FINE=fine, STRONG=0, **constants)
+        constants["STAGES"] = 1
+        kernel[grid](*arguments, *shared, FINE=fine, STRONG=1, **constants)
 
     def outputs(
         self,
@@ -76,19 +80,16 @@ class ChannelWalks(Walks):
         initial: Tensor | None = None,
         last: Tensor | None = None,
         kept: Tensor | None = None,
+        reverse: bool = False,
     ) -> Tensor:
         """See `Walks`."""
         outputs = values.new_empty(values.shape if kept is None else (1,) * 4)
 
         def launch(sizes: Plan) -> None:
-            arguments = self.arguments(
-                sizes,
-                initial,
-                {"readers": readers, "written": written, "centred": self.sums["centred"]},
-                {"values": values, "outputs": outputs},
-            )
-            arguments |= {"last": last, "kept": kept, "LAST": last is not None, "OUTPUTS": kept is None}
-            self._launch(key_kernel, values, sizes, arguments)
+            inputs, centred = (readers, written, values), (self.centred,)
+            arguments, constants = self.arguments(sizes, inputs, outputs, initial, last, reverse, by_key=centred)
+            constants |= {"LAST": last is not None, "OUTPUTS": kept is None}
+            self._launch(key_kernel, values, sizes, (*arguments, kept), constants)
 
         dims = written.shape[-1], values.shape[-1]
         sizes = tuned("linear_attention by key", plan_by_key(values.dtype, *dims), values.dtype, *dims)
@@ -111,29 +112,18 @@ class ChannelWalks(Walks):
     ) -> Tensor:
         """Outputs. Forwards fills `products` and `last`; backwards reads `products` and `flow`, fills `gradient`."""
         outputs = values.new_empty(values.shape)
-        last_reader = readers[:, -1].contiguous() if self.reverse and initial is not None else None
+        reverse = gradient is not None
+        last_reader = readers[:, -1].contiguous() if reverse and initial is not None else None
 
         def launch(sizes: Plan) -> None:
-            arguments = self.arguments(
-                sizes,
-                initial,
-                {"readers": readers, "written": written},
-                {
-                    "values": values,
-                    "beside": beside,
-                    "centred": self.sums["centred"],
-                    "outputs": outputs,
-                    "products": products,
-                    "gradient": gradient,
-                },
-            )
-            self._launch(
-                value_kernel, values, sizes, arguments | {"last": last, "last_reader": last_reader, "flow": flow}
-            )
+            inputs, by_value = (readers, written, values), (beside, self.centred, products, gradient)
+            arguments, constants = self.arguments(sizes, inputs, outputs, initial, last, reverse, by_value=by_value)
+            own = (flow, last_reader, *beside.stride()[:3])
+            self._launch(value_kernel, values, sizes, (*arguments, *own), constants)
 
         dims = written.shape[-1], values.shape[-1]
         sizes = tuned("linear_attention by value", plan_by_value(values.dtype, *dims), values.dtype, *dims)
-        key = ("linear_attention by value", sizes, values.dtype, self.rows, written.shape[-1], self.reverse)
+        key = ("linear_attention by value", sizes, values.dtype, self.rows, written.shape[-1], reverse)
         fitting(key, launch, sizes.smaller())
         return outputs
 
@@ -154,13 +144,13 @@ class ChannelWalks(Walks):
         # What of the loss goes through the state at the end of each segment, by key channel.
         flow = None if behind is None else (ends.view_as(behind) * behind).sum(-1)
         of_decay = torch.empty_like(self.log_decay)
-        of_keys = replace(self, reverse=True)._by_value(
-            values, grad, queries, keys, products, initial=behind, flow=flow, gradient=of_decay
-        )
+        of_keys = self._by_value(values, grad, queries, keys, products, initial=behind, flow=flow, gradient=of_decay)
         return of_queries, of_keys, of_decay
 
 
-def channel_sums(log_decay: Tensor, reset: Tensor | None, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def channel_sums(
+    log_decay: Tensor, reset: Tensor | None, rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cumulative sums in each chunk, about the middle; those of the whole chunk; and which are strong."""
     batch, time, heads, width = log_decay.shape
     chunks = triton.cdiv(time, rows)
@@ -182,13 +172,13 @@ def channel_sums(log_decay: Tensor, reset: Tensor | None, rows: int, dtype: torc
         RESET=reset is not None,
         num_warps=4,
     )
-    return {"centred": centred, "totals": totals, "strong": strong}
+    return centred, totals, strong
 
 
 def prepared(queries: Tensor, values: Tensor, log_decay: Tensor, reset: Tensor | None) -> ChannelWalks:
-    """The walks over one problem, forwards in time."""
+    """The walks over one problem."""
     sizes = plan_by_key(values.dtype, queries.shape[-1], values.shape[-1])
     _, parts = chunk_sums(None, reset, sizes.rows, values.dtype)
     chunks = chunks_of_segment(queries, values.shape[-1], sizes)
     sums = channel_sums(log_decay, reset, sizes.rows, values.dtype)
-    return ChannelWalks(log_decay, reset, parts, chunks, sizes.rows, False, sums)
+    return ChannelWalks(log_decay, reset, parts, chunks, sizes.rows, *sums)

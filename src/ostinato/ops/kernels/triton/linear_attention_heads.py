@@ -5,7 +5,7 @@ The kernels, and the mathematics, are in `linear_attention_walk`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,10 +48,13 @@ class HeadWalks(Walks):
         initial: Tensor | None = None,
         last: Tensor | None = None,
         kept: Tensor | None = None,
+        reverse: bool = False,
     ) -> Tensor:
         """See `Walks`."""
         by_channel = (values.shape[-1], 1)
-        return self._walk(readers, written, values, by_channel, initial=initial, last=last, kept=kept)[0]
+        return self._walk(readers, written, values, by_channel, initial=initial, last=last, kept=kept, reverse=reverse)[
+            0
+        ]
 
     def gradients(
         self,
@@ -65,14 +68,14 @@ class HeadWalks(Walks):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Walks`."""
         # A state that is read by value channels lies transposed in memory.
-        by_channel, back = (1, values.shape[-1]), replace(self, reverse=True)
+        by_channel = (1, values.shape[-1])
         if self.log_decay is None:
             of_queries, _ = self._walk(grad, values, keys, by_channel, initial=entering)
-            of_keys, _ = back._walk(values, grad, queries, by_channel, initial=behind)
+            of_keys, _ = self._walk(values, grad, queries, by_channel, initial=behind, reverse=True)
             return of_queries, of_keys, queries.new_empty(0)
         ends = last if entering is None else torch.empty_like(entering)
         of_queries, read = self._walk(grad, values, keys, by_channel, initial=entering, last=ends, beside=queries)
-        of_keys, wrote = back._walk(values, grad, queries, by_channel, initial=behind, beside=keys)
+        of_keys, wrote = self._walk(values, grad, queries, by_channel, initial=behind, beside=keys, reverse=True)
         # What of the loss goes through the state at the end of each segment.
         flow = None if behind is None else (ends.view_as(behind) * behind).flatten(2).sum(-1)
         return of_queries, of_keys, self._decay_gradient(self.log_decay, read, wrote, flow)
@@ -88,6 +91,7 @@ class HeadWalks(Walks):
         last: Tensor | None = None,
         kept: Tensor | None = None,
         beside: Tensor | None = None,
+        reverse: bool = False,
     ) -> tuple[Tensor, Any]:
         """Outputs (or nothing, with `kept`) and the inner products with `beside`, by block of value channels.
 
@@ -102,32 +106,30 @@ class HeadWalks(Walks):
             if beside is not None:
                 blocks = triton.cdiv(value_dim, sizes.block)
                 products = values.new_empty(blocks, batch, heads, time, dtype=torch.float32)
-                if self.reverse and initial is not None:
+                if reverse and initial is not None:
                     last_reader = readers[:, -1].contiguous()
+            arguments, constants = self.arguments(
+                sizes, (readers, written, values), outputs, initial, last, reverse, by_value=(beside,)
+            )
             kernels.walk[self.grid(values, sizes)](
-                **self.arguments(
-                    sizes,
-                    initial,
-                    {"readers": readers, "written": written},
-                    {"values": values, "outputs": outputs, "beside": beside},
-                ),
-                sums=self.sums,
-                products=products,
-                last=last,
-                kept=kept,
-                last_reader=last_reader,
-                by_key=by_channel[0],
-                by_value=by_channel[1],
+                *arguments,
+                self.sums,
+                products,
+                kept,
+                last_reader,
+                *((None,) * 3 if beside is None else beside.stride()[:3]),
+                *by_channel,
                 DECAY=self.sums is not None,
                 LAST=last is not None,
                 OUTPUTS=kept is None,
                 PRODUCTS=beside is not None,
+                **constants,
             )
             return products
 
         sizes = plan(values.dtype, key_dim, value_dim)
-        sizes = tuned("linear_attention", sizes, values.dtype, key_dim, value_dim, self.reverse)
-        key = ("linear_attention", sizes, values.dtype, self.rows, key_dim, self.reverse, beside is None)
+        sizes = tuned("linear_attention", sizes, values.dtype, key_dim, value_dim, reverse)
+        key = ("linear_attention", sizes, values.dtype, self.rows, key_dim, reverse, beside is None)
         products = fitting(key, launch, sizes.smaller())
         return outputs, products
 
@@ -155,8 +157,8 @@ class HeadWalks(Walks):
 
 
 def prepared(queries: Tensor, values: Tensor, log_decay: Tensor | None, reset: Tensor | None) -> HeadWalks:
-    """The walks over one problem, forwards in time."""
+    """The walks over one problem."""
     sizes = plan(values.dtype, queries.shape[-1], values.shape[-1])
     sums, parts = chunk_sums(log_decay, reset, sizes.rows, values.dtype)
     chunks = chunks_of_segment(queries, values.shape[-1], sizes)
-    return HeadWalks(log_decay, reset, parts, chunks, sizes.rows, False, sums)
+    return HeadWalks(log_decay, reset, parts, chunks, sizes.rows, sums)

@@ -54,15 +54,19 @@ def describable(tensor: Tensor) -> bool:
     return aligned and dim == 1 and heads == width and width >= 16 and width & (width - 1) == 0
 
 
-def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A sequence as the copy engine sees it: tiles of so many steps and columns of one head."""
-    batch, time, heads, dim = tensor.shape
-    return TensorDescriptor(tensor, [batch, time, heads * dim], [*tensor.stride()[:2], 1], [1, rows, columns])
+def described(tensors: tuple[Tensor | None, ...], rows: int, columns: int) -> tuple[TensorDescriptor | None, ...]:
+    """Sequences as the copy engine sees them: tiles of so many steps and columns of one head."""
+
+    def describe(tensor: Tensor) -> TensorDescriptor:
+        batch, time, heads, dim = tensor.shape
+        return TensorDescriptor(tensor, [batch, time, heads * dim], [*tensor.stride()[:2], 1], [1, rows, columns])
+
+    return tuple(None if tensor is None else describe(tensor) for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class Walks(ABC):
-    """The kernels in one direction of time over one problem, and where its segments begin."""
+    """The kernels over one problem, in both directions of time, and where its segments begin."""
 
     log_decay: Tensor | None
     reset: Tensor | None
@@ -71,7 +75,6 @@ class Walks(ABC):
     chunks: int
     """To a segment."""
     rows: int
-    reverse: bool
 
     @abstractmethod
     def outputs(
@@ -83,8 +86,9 @@ class Walks(ABC):
         initial: Tensor | None = None,
         last: Tensor | None = None,
         kept: Tensor | None = None,
+        reverse: bool = False,
     ) -> Tensor:
-        """What is read, and the state at the end in `last`.
+        """What is read, forwards in time or in `reverse`, and the state at the end in `last`.
 
         With `kept` nothing is read: it is filled with what each segment keeps of a state, `last` with what it adds.
         """
@@ -110,7 +114,9 @@ class Walks(ABC):
         """How many there are."""
         return triton.cdiv(time, self.chunks * self.rows)
 
-    def entering(self, written: Tensor, values: Tensor, initial: Tensor | None, last: Tensor) -> Tensor | None:
+    def entering(
+        self, written: Tensor, values: Tensor, initial: Tensor | None, last: Tensor, *, reverse: bool = False
+    ) -> Tensor | None:
         """The state that enters each segment; fills `last`. With one segment: as it is, and `last` is left."""
         batch, time, heads, key_dim = written.shape
         value_dim, count = values.shape[-1], self.segments(time)
@@ -119,7 +125,7 @@ class Walks(ABC):
         added = last.new_empty(batch * heads, count, key_dim, value_dim)
         per_channel = self.log_decay is not None and self.log_decay.ndim == 4
         kept = last.new_empty(batch * heads, count, key_dim if per_channel else 1)
-        self.outputs(written, written, values, last=added, kept=kept)
+        self.outputs(written, written, values, last=added, kept=kept, reverse=reverse)
         entering, width = torch.empty_like(added), min(1024, power_of_two(key_dim * value_dim))
         enter[(batch * heads, triton.cdiv(key_dim * value_dim, width))](
             added,
@@ -131,7 +137,7 @@ class Walks(ABC):
             SIZE=key_dim * value_dim,
             BLOCK=width,
             PER_KEY=value_dim if per_channel else 0,
-            REVERSE=self.reverse,
+            REVERSE=reverse,
             INITIAL=initial is not None,
         )
         return entering
@@ -144,42 +150,46 @@ class Walks(ABC):
     def arguments(
         self,
         sizes: Plan,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        outputs: Tensor,
         initial: Tensor | None,
-        by_key: dict[str, Tensor],
-        by_value: dict[str, Tensor | None],
-    ) -> dict[str, Any]:
-        """What all walks take, by name, for sequences in tiles of all key channels or of a block of value channels.
+        last: Tensor | None,
+        reverse: bool,
+        by_key: tuple[Tensor, ...] = (),
+        by_value: tuple[Tensor | None, ...] = (),
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the kernels' arguments begin with, and their constants. What there is not, is None.
 
-        Among them are `written` and `values`. The copy engine is used if it can read all of them. What there is not, is
-        None.
+        `inputs` are readers, written and values. Sequences come in tiles of all key channels, readers, written and the
+        kernel's own `by_key`, and of a block of value channels, values, outputs and `by_value`: as descriptors, if the
+        copy engine can read them all.
         """
-        written, values = by_key["written"], by_value["values"]
-        assert values is not None
-        _, time, heads, value_dim = values.shape
+        readers, written, values = inputs
+        time, heads, value_dim = values.shape[1:]
         key_dim = written.shape[-1]
-        sequences = by_key | by_value
+        wide: tuple[Any, ...] = (readers, written, *by_key)
+        narrow: tuple[Any, ...] = (values, outputs, *by_value)
         copied = COPY_ENGINE and values.element_size() == 2
-        copied = copied and all(tensor is None or describable(tensor) for tensor in sequences.values())
-        found: dict[str, Any] = dict(sequences)
-        for name, tensor in sequences.items():
-            if copied and tensor is not None:
-                found[name] = described(tensor, self.rows, block(key_dim) if name in by_key else sizes.block)
-            if name in ("readers", "written", "values", "beside"):
-                strides = (None,) * 3 if tensor is None else tensor.stride()[:3]
-                found[f"{name}_batch"], found[f"{name}_time"], found[f"{name}_head"] = strides
-        return found | {
-            "parts": self.parts,
-            "initial": initial,
-            "time": time,
-            "padded": triton.cdiv(time, self.rows) * self.rows,
-            "heads": heads,
-            "chunks": self.chunks,
+        copied = copied and all(tensor is None or describable(tensor) for tensor in wide + narrow)
+        if copied:
+            wide = described(wide, self.rows, block(key_dim))
+            narrow = described(narrow, self.rows, sizes.block)
+        sizes_and_strides = (
+            time,
+            triton.cdiv(time, self.rows) * self.rows,
+            heads,
+            self.chunks,
+            *readers.stride()[:3],
+            *written.stride()[:3],
+            *values.stride()[:3],
+        )
+        return (*wide, *narrow, self.parts, initial, last, *sizes_and_strides), {
             "KEY_DIM": key_dim,
             "VALUE_DIM": value_dim,
             "ROWS": self.rows,
             "BK": block(key_dim),
             "BV": sizes.block,
-            "REVERSE": self.reverse,
+            "REVERSE": reverse,
             "RESET": self.parts is not None,
             "INITIAL": initial is not None,
             "WIDE": WIDE[values.dtype],
