@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ostinato.analysis.gated_chunks import chunk_operations, fewest_operations, gate_transfer_map, stored_states
+from ostinato.analysis.gated_chunks import (
+    chunk_bytes,
+    chunk_operations,
+    fastest_chunk,
+    fewest_operations,
+    gate_transfer_map,
+    stored_states,
+)
 from ostinato.errors import ConfigurationError
 
 
@@ -23,6 +30,27 @@ def test_no_other_chunk_has_fewer_operations(key_dim: int, value_dim: int, causa
 def test_operations_by_hand() -> None:
     # L = 2, K = 3, V = 4, F = 1: inside 14 + 7, across 48 + 4 + 6 + 11, states (24 + 5) / 2; ten tokens
     assert chunk_operations(10, 2, 3, 4) == pytest.approx(10 * (2 * 21 + 69 + 14.5))
+
+
+def test_bytes_by_hand() -> None:
+    # L = 2, K = 3, V = 4: two kernels, five chunks of ten tokens; numbers of 2, gates of 4, states of 8 bytes
+    walk = 2 * (3 + 4) * 2 + 2 * 2 * 4 + 12 * 8
+    inside = 2 * (2 * 3 + 4) * 2 + 2 * 2 * 4 + 12 * 8 + 2 * 4 * 2
+    assert chunk_bytes(10, 2, 3, 4, number_bytes=2, gate_bytes=4, state_bytes=8) == 5 * (walk + inside)
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim", "intensity"), [(256, 512, 295.0), (64, 64, 10.0)])
+def test_no_other_chunk_is_faster(key_dim: int, value_dim: int, intensity: float) -> None:
+    def seconds(chunk: float) -> float:
+        moved = chunk_bytes(100, chunk, key_dim, value_dim)
+        return chunk_operations(100, chunk, key_dim, value_dim) / intensity + moved
+
+    best = fastest_chunk(key_dim, value_dim, intensity)
+    assert all(seconds(best * factor) > seconds(best) for factor in (0.9, 1.1))
+    assert fastest_chunk(key_dim, value_dim, 1e-9) == pytest.approx(fewest_operations(key_dim, value_dim))
+    assert fastest_chunk(key_dim, value_dim, 4e6) == pytest.approx(2 * fastest_chunk(key_dim, value_dim, 1e6), rel=1e-3)
+    with pytest.raises(ConfigurationError, match="intensity must be positive"):
+        fastest_chunk(key_dim, value_dim, 0.0)
 
 
 def test_states_are_stored_once_a_chunk() -> None:

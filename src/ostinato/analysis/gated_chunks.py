@@ -1,7 +1,8 @@
 """What chunks of a gated matrix memory cost, and how its gates scale what passes through it.
 
-The operations of a chunkwise mLSTM by the length of its chunks, the length at which they are fewest, and the map of
-the gain from values to outputs over the two gates' pre-activations.
+The operations of a chunkwise mLSTM and the bytes it moves, by the length of its chunks; the length at which operations
+are fewest, and the one at which a device is fastest; and the map of the gain from values to outputs over the two gates'
+pre-activations.
 """
 
 from __future__ import annotations
@@ -40,6 +41,52 @@ def fewest_operations(key_dim: int, value_dim: int, causal: float = 1.0) -> floa
     _check(key_dim=key_dim, value_dim=value_dim, causal=causal)
     inside = 2 * causal * (value_dim + key_dim) + 6 * causal + 1
     return math.sqrt((2 * value_dim * key_dim + 5) / inside)
+
+
+def chunk_bytes(
+    time: int,
+    chunk: float,
+    key_dim: int,
+    value_dim: int,
+    *,
+    number_bytes: int = 2,
+    gate_bytes: int = 4,
+    state_bytes: int = 4,
+) -> float:
+    """Bytes that one head with the sigmoid gate moves to and from memory over `time` tokens:
+
+        T/L [L(K + V)β + 2Lγ + KVσ]             the kernel that walks from chunk to chunk and stores the states
+      + T/L [L(2K + V)β + 2Lγ + KVσ + LVβ]      the kernel that reads them, inside all chunks at once
+
+    with β, γ, σ the bytes of a number of q, k, v and h, of a gate, of a state. Raises `ConfigurationError` for sizes
+    that are not positive. Source: arXiv 2503.14376, appendix.
+    """
+    _check(time=time, chunk=chunk, key_dim=key_dim, value_dim=value_dim)
+    _check(number_bytes=number_bytes, gate_bytes=gate_bytes, state_bytes=state_bytes)
+    per_token = (3 * key_dim + 3 * value_dim) * number_bytes + 4 * gate_bytes
+    return time * (per_token + 2 * key_dim * value_dim * state_bytes / chunk)
+
+
+def fastest_chunk(
+    key_dim: int, value_dim: int, intensity: float, *, causal: float = 1.0, state_bytes: int = 4
+) -> float:
+    """The chunk at which operations and bytes, one after the other, take the least time on a device:
+
+        L = √((2VK + 5 + 2VKσI) / (2F(V + K) + 6F + 1))
+
+    Args:
+        key_dim, value_dim: K and V.
+        intensity: I, the operations that the device computes while it moves a byte (an H100: 989e12 / 3.35e12 = 295).
+        causal: F, see `chunk_operations`.
+        state_bytes: σ, of a number of a state; the others do not matter, as every chunk moves them once.
+
+    It grows as √(d I): states are the dearer the faster a device computes. Raises `ConfigurationError` for sizes that
+    are not positive. Source: arXiv 2503.14376, appendix (its runtime model with nothing overlapped).
+    """
+    _check(key_dim=key_dim, value_dim=value_dim, intensity=intensity, causal=causal, state_bytes=state_bytes)
+    inside = 2 * causal * (value_dim + key_dim) + 6 * causal + 1
+    across = 2 * value_dim * key_dim
+    return math.sqrt((across + 5 + across * state_bytes * intensity) / inside)
 
 
 def stored_states(time: int, chunk: int, key_dim: int, value_dim: int) -> int:

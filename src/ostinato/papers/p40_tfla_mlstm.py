@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ostinato
-from ostinato.analysis.gated_chunks import fewest_operations, gate_transfer_map, stored_states
+from ostinato.analysis.gated_chunks import fastest_chunk, fewest_operations, gate_transfer_map, stored_states
 from ostinato.errors import DivergenceError
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.ops.exponential_attention import exponential_attention
@@ -32,6 +32,7 @@ from ostinato.training.evaluate import evaluate
 claims = (
     Claim("exact", "loop, whole matrix, chunks and tiles give the same outputs and gradients", theirs="an identity"),
     Claim("fewest", "the chunk with the fewest operations, keys 256, values 512", theirs="13.03"),
+    Claim("device", "on a GPU the best chunk is far longer, and grows as √(d · intensity)", theirs="figure, notes"),
     Claim("transfer", "after the norm, with a small epsilon, both cells let the same through", theirs="figure"),
     Claim("closed", "with epsilon 1e-6 closed input gates make the sigmoid cell's output vanish", theirs="figure"),
     Claim("gates", "sigmoid and exponential input gates reach the same loss", theirs="no visible difference"),
@@ -49,6 +50,8 @@ claims = (
 )
 
 _GPU = "timed on a GPU"
+_INTENSITY = 989e12 / 3.35e12
+"""Operations in bfloat16 while an H100 moves a byte."""
 _PLANS = {"exponential": "mlstm(layers=4)", "sigmoid": "mlstm(layers=4, input_gate=sigmoid)"}
 
 
@@ -141,7 +144,19 @@ def _errors(time: int, dim: int, seed: int) -> dict[str, float]:
 
 def _costs() -> list[Measured]:
     fewest = fewest_operations(256, 512)
-    return [Measured("fewest", f"{fewest:.4f}", abs(fewest - 13.0344) < 1e-3, "the formula, F = 1")]
+    best = fastest_chunk(256, 512, _INTENSITY)
+    wider, faster = fastest_chunk(1024, 2048, _INTENSITY) / best, fastest_chunk(256, 512, 4 * _INTENSITY) / best
+    return [
+        Measured("fewest", f"{fewest:.4f}", abs(fewest - 13.0344) < 1e-3, "the formula, F = 1"),
+        Measured(
+            "device",
+            f"{best:.0f} on an H100 ({best / fewest:.0f} times as long); {wider:.3f} times that for heads 4 times as "
+            f"wide, {faster:.3f} times at 4 times the intensity",
+            best >= 4 * fewest and max(abs(wider - 2), abs(faster - 2)) <= 0.05,
+            f"the runtime model with nothing overlapped, keys 256, values 512, float32 states, {_INTENSITY:.0f} "
+            "operations a byte; asked: 4 times, and 2 within 0.05",
+        ),
+    ]
 
 
 def _maps(run: Run) -> list[Measured]:
