@@ -20,7 +20,7 @@ def linearize(
         ),
     ],
     out_folder: Annotated[Path, typer.Option("--out", help="Where the converted model is saved.")] = Path("linear"),
-    recurrence: Annotated[str, typer.Option(help="gla, hgrn2 or gsa; none for the window alone.")] = "gla",
+    recurrence: Annotated[str, typer.Option(help="gla, hgrn2 or gsa; none for the window alone, a control.")] = "gla",
     window: Annotated[int, typer.Option(help="Steps that softmax attention still sees.")] = 64,
     mix: Annotated[float, typer.Option(help="The recurrence's share of the output; the window has the rest.")] = 0.5,
     slots: Annotated[int, typer.Option(help="Of gsa, per head.")] = 16,
