@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -77,6 +78,20 @@ def test_resume_continues_the_same_curve(tmp_path: Path, book: Path, run: Path) 
     assert steps == list(range(1, 10))
     before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[: len(before) - 1] == before[:-1]
+
+
+def test_train_can_compile_the_blocks(tmp_path: Path, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def noted(model: object, backend: str) -> contextlib.nullcontext[None]:
+        asked.append(backend)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("ostinato.training.fit.compiled_blocks", noted)
+    ostinato("train", book, *TINY, "--compile", "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["training"]["compile"] is True
+    ostinato("train", "--resume", tmp_path / "run", "--steps", 7)  # as it was started
+    assert asked == ["inductor", "inductor"]
 
 
 def test_generate_streams_and_is_repeatable(run: Path) -> None:

@@ -27,6 +27,7 @@ class Settings:
     seed: int
     binary: bool
     mixed_precision: str
+    compile: bool
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
     tokenizer: Annotated[str, typer.Option(help="bytes, or the name or path of a Hugging Face tokenizer.")] = "bytes",
     binary: Annotated[bool, typer.Option("--binary", help="Take the files as raw bytes, whatever they hold.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks first: slower to start.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu to stay there; the best there is by default.")] = None,
 ) -> None:
     """Train a language model on text, with bits per byte on the held-out tenth.
@@ -62,7 +64,7 @@ def train(
       ostinato train --resume run --steps 8000
     """
     if resume is not None:
-        asked = _resumed(resume, files, steps)
+        asked = _resumed(resume, files, steps, compile)
     else:
         if not files:
             raise ConfigurationError("name at least one text file, or a run to go on with: --resume RUN")
@@ -77,11 +79,12 @@ def train(
             seed,
             binary,
             mixed_precision,
+            compile,
         )
     _run(asked, resume or out_folder, resume is not None, checkpoint_every, device)
 
 
-def _resumed(folder: Path, files: list[Path] | None, steps: int | None) -> Settings:
+def _resumed(folder: Path, files: list[Path] | None, steps: int | None, compile: bool) -> Settings:
     """The settings that a run was started with."""
     from ostinato.files import check_version, read_json
 
@@ -103,6 +106,7 @@ def _resumed(folder: Path, files: list[Path] | None, steps: int | None) -> Setti
         training["seed"],
         options["binary"],
         training["mixed_precision"],
+        compile or bool(training.get("compile", False)),
     )
 
 
@@ -137,6 +141,7 @@ def _run(asked: Settings, folder: Path, resume: bool, checkpoint_every: int | No
         evaluation_batches=16,
         checkpoint_every=checkpoint_every,
         mixed_precision=asked.mixed_precision,
+        compile=asked.compile,
         device=device,
     )
     if history.interrupted:

@@ -47,8 +47,11 @@ class Batch(NamedTuple):
     """True at the first step of an element, where one element is scored over several steps; None otherwise."""
 
     def to(self, device: Any) -> Batch:
-        """The same batch on another device."""
-        return self._each(lambda tensor: tensor.to(device))
+        """The same batch on another device; to a GPU without waiting for what it is doing."""
+        if torch.device(device).type != "cuda":
+            return self._each(lambda tensor: tensor.to(device))
+        host = self._each(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+        return host._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the sequences."""

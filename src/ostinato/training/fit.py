@@ -25,6 +25,7 @@ from ostinato.errors import CheckpointError, ConfigurationError, DivergenceError
 from ostinato.tasks.base import Metrics, Task
 from ostinato.training import checkpoints
 from ostinato.training.carry import CarriedState
+from ostinato.training.compiled import compiled_blocks
 from ostinato.training.evaluate import evaluate
 from ostinato.training.history import History
 from ostinato.training.log import Log
@@ -73,6 +74,7 @@ def fit(
     mixed_precision: str = "no",
     gradient_accumulation: int = 1,
     device: str | None = None,
+    compile: bool | str = False,
     objective: Objective = task_loss,
     gradient: Gradient = backpropagation,
     curriculum: Curriculum = shown_in_order,
@@ -106,8 +108,11 @@ def fit(
         mixed_precision: "no", "bf16" or "fp16".
         gradient_accumulation: parts in which the batch is done, to save memory; the result is the same.
         device: "cpu" to stay there; None takes what Accelerate finds.
+        compile: compile the model's blocks for this run, by `torch.compile` (a string names its backend): pointwise
+            work between the engines becomes fewer passes over memory. The first step then waits for the compiler, and
+            so does the first evaluation and every new shape; results differ by rounding from those without.
         objective, gradient, curriculum: the places for learning rules, see `ostinato.training.plugs`.
-        optimizer: from parameter groups to an optimiser; None is AdamW with betas (0.9, 0.95).
+        optimizer: from parameter groups to an optimiser; None is AdamW with betas (0.9, 0.95), fused on a GPU.
         schedule: from steps done to a factor on the learning rate; None is warm-up and cosine.
         callbacks: called after each step; one that returns True ends the run there.
         max_skipped: a step whose loss or gradient is not finite is skipped and counted; so many in a row are an error.
@@ -119,8 +124,8 @@ def fit(
     resume only in the first process).
 
     Raises:
-        ConfigurationError: an argument out of range; a run in `directory` that is not to be resumed; a resumed run
-            whose task, batch_size or seed is another.
+        ConfigurationError: an argument out of range; `compile` of a model without blocks; a run in `directory` that is
+            not to be resumed; a resumed run whose task, batch_size or seed is another.
         CheckpointError: there is no run to resume, its checkpoint is damaged or newer, or one cannot be written.
         DivergenceError: `max_skipped` steps in a row without a finite loss and gradient.
     """
@@ -146,7 +151,7 @@ def fit(
     if found is not None:
         checkpoints.read_model(found / "model", model)
 
-    make = optimizer or (lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95)))
+    make = optimizer or _adamw
     accelerator = _accelerator(mixed_precision, device)
     if batch_size % (accelerator.num_processes * gradient_accumulation):
         raise ConfigurationError(
@@ -193,6 +198,7 @@ def fit(
         "checkpoint_every": checkpoint_every,
         "mixed_precision": mixed_precision,
         "gradient_accumulation": gradient_accumulation,
+        "compile": compile,
     }
     header = {"task": settings["task"], "training": {"batch_size": batch_size, "seed": seed, **asked}}
     training = model.training
@@ -202,6 +208,8 @@ def fit(
         torch.manual_seed(seed + accelerator.process_index)
         stack.callback(lambda: model.train(training))
         stack.callback(lambda: accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
+        if compile:
+            stack.enter_context(compiled_blocks(model, "inductor" if compile is True else compile))
         if found is not None:
             run.restore(found, notes)
         log = Log(run, stack, header, steps, progress, tensorboard)
@@ -298,6 +306,13 @@ def _accelerator(mixed_precision: str, device: str | None) -> Any:
     if device is not None and accelerator.device.type != device:
         raise ConfigurationError(f"there is no device {device!r} here; Accelerate found {accelerator.device}")
     return accelerator
+
+
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The default: one launch a group where the parameters are on a GPU, and the kind that torch chooses elsewhere."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = all(parameter.is_cuda and parameter.is_floating_point() for parameter in parameters)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True if fused else None)
 
 
 @contextmanager

@@ -20,6 +20,15 @@ from ostinato.training.plugs import Curriculum, Gradient, Objective
 from ostinato.training.schedules import Schedule
 
 
+def _numbers(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Two scalars as numbers, in one transfer: a step waits for its device once."""
+    if first.device != second.device or type(first) is not Tensor:
+        return float(first), float(second)
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    one, other = torch.stack([first.to(dtype), second.to(dtype)]).tolist()
+    return one, other
+
+
 @dataclass
 class Run:
     """One call of `fit`: its parts, and how far it is."""
@@ -53,8 +62,7 @@ class Run:
         rank = self.accelerator.process_index
         batch = whole.rows(rank * rows, (rank + 1) * rows).to(self.accelerator.device)
         own_loss, state = self._gradients(batch)
-        norm = self._clip()
-        loss = float(self.accelerator.reduce(own_loss, reduction="mean"))
+        norm, loss = _numbers(self._clip(), self.accelerator.reduce(own_loss, reduction="mean"))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite or self.accelerator.scaler is not None:
             # A gradient scaler (float16) must see overflows: it skips such a step itself and lowers its scale.
@@ -90,9 +98,10 @@ class Run:
             states.append(state)
         return total, states[0] if len(states) == 1 else ostinato.state.concatenate(states)
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return float(self.accelerator.clip_grad_norm_(parameters, self.clip if self.clip else math.inf))
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.clip if self.clip else math.inf)
+        return norm
 
     def save(self, settings: dict[str, Any], keep: int) -> None:
         """Write a checkpoint, by the main process; all take part where tensors are spread over them."""
