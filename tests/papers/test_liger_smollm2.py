@@ -41,6 +41,16 @@ def test_every_part_runs_and_is_kept(tiny: LanguageModel, tmp_path: Path) -> Non
     assert said and all("kept" in line for line in said)
 
 
+def test_the_gpu_budget_decides(tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Run(system(66), "smoke", 0, tmp_path).choose
+    run = Run(system(66), "gpu", 0, tmp_path)
+    monkeypatch.setattr(run, "choose", sizes)
+    rows = {row.key: row for row in liger_smollm2.measure(run)}
+    assert all(isinstance(row.holds, bool) for row in rows.values())
+    assert "LoLCATs" in rows["real"].note and "Liger-HGRN2" in rows["real"].note
+    assert "original, fixed cache" in rows["real decoding"].note
+
+
 @torch.no_grad()
 def test_bits_per_byte(tiny: LanguageModel) -> None:
     reach, pieces = 20, 3

@@ -19,6 +19,7 @@ from ostinato.mixers.attention import Attention, AttentionCache
 from ostinato.mixers.base import State, Traits
 from ostinato.mixers.heads import widened
 from ostinato.ops.attention import AttentionState, attention
+from ostinato.ops.checks import own_precision
 from ostinato.ops.linear_attention import linear_attention
 
 
@@ -84,28 +85,34 @@ class LoLCATs(Attention):
     def mix(self, x: Tensor, state: LolcatsState, reset: Tensor | None) -> tuple[Tensor, LolcatsState]:  # type: ignore[override]
         """Both parts over the whole sequence, and their common mean."""
         queries, keys, values = self.project(x)
+        with own_precision(x):
+            outputs, state = self._read(queries, keys, values, state, reset)
+        return self.to_output(outputs.to(x.dtype).flatten(-2)), state
+
+    def _read(
+        self, queries: Tensor, keys: Tensor, values: Tensor, state: LolcatsState, reset: Tensor | None
+    ) -> tuple[Float[Tensor, "batch time heads head_dim"], LolcatsState]:
+        """o at every step, and the state after the last."""
         queries, keys, following = self.place(queries, keys, state.window.position, reset)
         # An entry of ones beside the values gathers the weights' sum.
         queries, keys, values = widened(queries), widened(keys), with_ones(widened(values))
         held = AttentionState(widened(state.window.keys), with_ones(widened(state.window.values)), state.window.valid)
         near, cache = attention(queries, keys, values, held, window=self.window, weight=exponentials, reset=reset)
         lost_keys, lost_values, again = self._lost(keys, values, held, reset)
-        memory = torch.cat([state.memory, state.normalizer.unsqueeze(-1)], dim=-1)
         far, memory = linear_attention(
             # One step more: what the window loses at the last step is remembered before the next.
             F.pad(self._features(queries, self.query_features), (0, 0, 0, 0, 0, 1)),
             self._features(self._shared(lost_keys), self.key_features),
             self._shared(lost_values),
             None,
-            memory,
+            torch.cat([state.memory, state.normalizer.unsqueeze(-1)], dim=-1),
             reset=again,
         )
         factor = torch.sigmoid(widened(self.window_factor))[:, None]
         sums = factor * near + far[:, :-1]
-        outputs = (sums[..., :-1] / sums[..., -1:]).to(x.dtype)
         dtype = state.window.keys.dtype
         window = AttentionCache(cache.keys.to(dtype), cache.values[..., :-1].to(dtype), cache.valid, following)
-        return self.to_output(outputs.flatten(-2)), LolcatsState(memory[..., :-1], memory[..., -1], window)
+        return sums[..., :-1] / sums[..., -1:], LolcatsState(memory[..., :-1], memory[..., -1], window)
 
     def _shared(self, x: Tensor) -> Tensor:
         """(batch, time, kv_heads, …) repeated for the heads that share it."""
