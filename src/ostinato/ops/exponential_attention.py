@@ -121,22 +121,25 @@ def _parallel(
     eps: float,
 ) -> tuple[Tensor, ExponentialState]:
     state = _initial(queries, values) if state is None else state
-    added, least = log_forget, log_input
+    # Where little is forgotten, a running maximum in float32 loses digits of the decays at each of its steps.
+    wide = queries.dtype if queries.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    forget, given, first = log_forget.to(wide), log_input.to(wide), state.maximum.to(wide)
+    added, least = forget, given
     if reset is not None:
         # A map that forgets where it starts from: m -> max(−∞ + m, max(f + 0, i)).
         new = reset.unsqueeze(-1)
-        added = log_forget.masked_fill(new, -torch.inf)
-        least = torch.where(new, torch.maximum(log_forget, log_input), log_input)
-    (maximum,) = associative_scan(MAX_PLUS, (added, least), (state.maximum,))
-    before = torch.cat([state.maximum.unsqueeze(1), maximum[:, :-1]], dim=1)
+        added, least = forget.masked_fill(new, -torch.inf), torch.where(new, torch.maximum(forget, given), given)
+    (exact,) = associative_scan(MAX_PLUS, (added, least), (first,))
+    before = torch.cat([first.unsqueeze(1), exact[:, :-1]], dim=1)
     if reset is not None:
         before = before.masked_fill(reset.unsqueeze(-1), 0)
-    decay = log_forget + before - maximum
+    decay = (forget + before - exact).to(queries.dtype)
+    maximum, written = exact.to(queries.dtype), torch.exp(given - exact).to(queries.dtype)
     time = queries.shape[1]
     length = chunk_length(chunk_size, time)
     left = chunk_decay(decay, reset, length, queries.dtype)
     q, k, v = cut(queries, length), cut(keys, length), cut(values, length)
-    gate = cut(torch.exp(log_input - maximum).unsqueeze(-1), length)
+    gate = cut(written.unsqueeze(-1), length)
     kept, read = scaled(k, scaled(gate, left.leaving)), scaled(q, left.entering)
     memories, memory = chunk_states(left.carried, kept.mT @ v, state.memory)
     # The normaliser is a memory of values that are all 1.
