@@ -41,7 +41,7 @@ def test_a_full_cache_keeps_its_size() -> None:
     assert logits.isfinite().all() and state.filled.tolist() == [256]
 
 
-@pytest.mark.parametrize("plan", ["min_gru", "attention(window=4)", "attention(qk_norm=True)"])
+@pytest.mark.parametrize("plan", ["min_gru", "attention(window=4)", "liger"])
 def test_other_models_are_refused(plan: str) -> None:
     with pytest.raises(ConfigurationError, match="full attention alone"):
         FixedCacheDecoder(model(plan), 4)

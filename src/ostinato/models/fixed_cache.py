@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
-from ostinato.layers.rotary import rotate
 from ostinato.mixers.attention import Attention
 from ostinato.models.language import LanguageModel
 
@@ -38,7 +37,7 @@ class FixedCacheDecoder(nn.Module):
     """The model's step over a `FixedCache`; it shares the model's parameters.
 
     Args:
-        model: a language model whose every mixer is full attention, without norms of queries and keys.
+        model: a language model whose every mixer is full attention.
         capacity: entries of the cache, rounded up to a multiple of 256.
 
     Raises `ConfigurationError` for a model with another mixer.
@@ -47,7 +46,7 @@ class FixedCacheDecoder(nn.Module):
     def __init__(self, model: LanguageModel, capacity: int) -> None:
         super().__init__()
         for mixer in model.backbone.mixers:
-            if type(mixer) is not Attention or mixer.window is not None or mixer.query_norm is not None:
+            if type(mixer) is not Attention or mixer.window is not None:
                 raise ConfigurationError(
                     f"a fixed cache serves models of full attention alone, not the plan {model.config['plan']!r}"
                 )
@@ -69,19 +68,21 @@ class FixedCacheDecoder(nn.Module):
     def step(self, tokens: Int[Tensor, " batch"], state: FixedCache) -> tuple[Float[Tensor, "batch vocab"], FixedCache]:
         """The logits after one more token a row. The cache is changed in place; a full one overwrites its last entry.
 
-        Without gradients. Scores and their softmax are in float32 for half precision, as `attention`'s.
+        Without gradients. The softmax is in float32 for half precision, the products are in its own type.
         """
         model = self.model
-        x = model.embedding(tokens)
+        x = model.embedding(tokens.unsqueeze(1))
         place = state.filled.clamp(max=self.capacity - 1)
         visible = torch.arange(self.capacity, device=x.device) <= place.unsqueeze(1)
         blocks: list[Any] = list(model.backbone.blocks)
         for layer, block in enumerate(blocks):
             mixed = self._attend(block.mixer, block.norm(x), state, layer, place, visible)
-            x = x + mixed
-            if block.channel_mixer is not None:
-                x = x + block.channel_mixer(block.channel_norm(x))
-        x = model.backbone.norm(x)
+            if block.channel_mixer is None:
+                x = x + mixed
+            else:
+                x, normed = block.channel_norm.behind_sum(x, mixed)
+                x = x + block.channel_mixer(normed)
+        x = model.backbone.norm(x).squeeze(1)
         logits = torch.nn.functional.linear(x, model.embedding.weight) if model.head is None else model.head(x)
         state.filled.add_(1).clamp_(max=self.capacity)
         return logits, state
@@ -89,10 +90,8 @@ class FixedCacheDecoder(nn.Module):
     def _attend(
         self, mixer: Attention, x: Tensor, state: FixedCache, layer: int, place: Tensor, visible: Tensor
     ) -> Tensor:
-        queries, keys, values = mixer.project(x.unsqueeze(1))
-        if mixer.rope:
-            turned = rotate(torch.cat([queries, keys], dim=2), state.filled.unsqueeze(1), mixer.base)
-            queries, keys = turned.split([mixer.heads, mixer.key_value_heads], dim=2)
+        queries, keys, values = mixer.project(x)
+        queries, keys, _ = mixer.place(queries, keys, state.filled, None)
         rows = torch.arange(len(place), device=x.device)
         state.keys[rows, layer, :, place] = keys[:, 0]
         state.values[rows, layer, :, place] = values[:, 0]
@@ -102,7 +101,6 @@ class FixedCacheDecoder(nn.Module):
         scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
         weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).to(x.dtype)
         # One long sum over the capacity would keep a few cores of a GPU busy: it is cut, and the parts are summed.
-        parts = weights.unflatten(-1, (-1, _SPLIT)).transpose(-2, -3) @ state.values[:, layer].unflatten(
-            2, (-1, _SPLIT)
-        )
-        return mixer.to_output(parts.sum(2).flatten(1))
+        cut = state.values[:, layer].unflatten(2, (-1, _SPLIT))
+        parts = weights.unflatten(-1, (-1, _SPLIT)).transpose(-2, -3) @ cut
+        return mixer.to_output(parts.sum(2).flatten(1).unsqueeze(1))
