@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -10,22 +9,11 @@ import torch
 from torch import Tensor
 
 import ostinato
-from ostinato.errors import ConfigurationError
-from ostinato.layers.taylor_features import taylor_features, taylor_width
 from ostinato.mixers import registry
 from ostinato.mixers.prefix_linear_attention import PrefixLinearAttention
 from ostinato.models.token_classifier import TokenClassifier
+from ostinato.ops.taylor_attention import taylor_features, taylor_width
 from ostinato.testing import check_mixer
-
-
-def test_taylor_features_multiply_to_the_series() -> None:
-    q, k = torch.randn(2, 7, 5, dtype=torch.float64)
-    s = (q * k).sum(-1) / math.sqrt(5)
-    assert torch.allclose((taylor_features(q) * taylor_features(k)).sum(-1), 1 + s + s.square() / 2)
-    assert taylor_features(q).shape[-1] == taylor_width(5) == 31 and taylor_width(16) == 273
-    assert taylor_features(q.half()).dtype == torch.float32
-    with pytest.raises(ConfigurationError, match="at least one number"):
-        taylor_width(0)
 
 
 def _definition(mixer: PrefixLinearAttention, x: Tensor, prefix: Tensor) -> Tensor:

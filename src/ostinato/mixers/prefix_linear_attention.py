@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ostinato.layers.taylor_features import taylor_features, taylor_width
 from ostinato.mixers.base import Mixer, Traits, split_heads
 from ostinato.mixers.heads import widened
 from ostinato.ops.checks import check_reset
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.sequences import whole_attention
+from ostinato.ops.taylor_attention import taylor_attention, taylor_features, taylor_memory, taylor_width
 
 
 class PrefixState(NamedTuple):
@@ -49,7 +49,7 @@ class PrefixLinearAttention(Mixer):
     """
 
     traits = Traits(
-        engine="linear_attention",
+        engine="taylor_attention",
         transition="identity",
         state="heads × (1 + f + f²) × (head_dim + 1)",
         paper="JRT-RNN (arXiv 2407.05483)",
@@ -82,33 +82,33 @@ class PrefixLinearAttention(Mixer):
         """The recurrence, over the whole sequence, begun from what the prefix left."""
         for mask in (prefix, keep):
             check_reset(mask, x.shape[0], x.shape[1])
-        queries = taylor_features(self._heads(self.to_queries(x)))
+        queries = widened(self._heads(self.to_queries(x)))
         keys, values = self._written(self.to_keys(x), self.to_values(x), keep)
         memory = state.memory
         if prefix is None:
-            outputs, memory = linear_attention(queries, keys, values, None, memory, reset=reset)
+            outputs, memory = taylor_attention(queries, keys, values, memory, reset=reset)
         else:
             seen = prefix if keep is None else prefix & keep
             prompt = self._written(self.to_prefix_keys(x), self.to_prefix_values(x), seen)
             if reset is None:
-                read = prompt[0].permute(0, 2, 3, 1) @ prompt[1].transpose(1, 2)
-                outputs, memory = linear_attention(queries, keys, values, None, memory + read)
+                outputs, memory = taylor_attention(queries, keys, values, memory + taylor_memory(*prompt))
             else:
-                outputs, memory = linear_attention(queries, keys, values, None, memory, reset=reset)
-                outputs = outputs + whole_attention(queries, *prompt, reset=reset)
-                memory = memory + linear_attention(queries, *prompt, reset=reset)[1]
+                outputs, memory = taylor_attention(queries, keys, values, memory, reset=reset)
+                read, written = taylor_features(queries), taylor_features(prompt[0])
+                outputs = outputs + whole_attention(read, written, prompt[1], reset=reset)
+                memory = memory + linear_attention(read, written, prompt[1], reset=reset)[1]
         outputs = outputs[..., :-1] / (outputs[..., -1:] + self.eps)
         return self.to_output(outputs.flatten(-2).to(x.dtype)), PrefixState(memory)
 
     def _written(self, keys: Tensor, values: Tensor, written: Tensor | None) -> tuple[Tensor, Tensor]:
-        """φ(k), zero where nothing is written, and v with one more channel of ones.
+        """k, and v with one more channel of ones, 0 where nothing is written.
 
-        The features are masked, not the keys: φ(0) has a 1 in it.
+        The values are masked, not the keys: φ(0) has a 1 in it.
         """
-        features = taylor_features(self._heads(keys))
+        padded = F.pad(widened(self._heads(values)), (0, 1), value=1.0)
         if written is not None:
-            features = features.masked_fill(~written[:, :, None, None], 0)
-        return features, F.pad(widened(self._heads(values)), (0, 1), value=1.0)
+            padded = padded.masked_fill(~written[:, :, None, None], 0)
+        return widened(self._heads(keys)), padded
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

@@ -18,6 +18,7 @@ from ostinato.ops.routes import ENGINES, Engine, backend
 from ostinato.ops.scan import affine_scan, associative_scan
 from ostinato.ops.short_convolution import short_convolution
 from ostinato.ops.swiglu import swiglu
+from ostinato.ops.taylor_attention import taylor_attention
 
 _load_kernels()
 
@@ -40,4 +41,5 @@ __all__ = [
     "rms_norm",
     "short_convolution",
     "swiglu",
+    "taylor_attention",
 ]
