@@ -3,9 +3,9 @@
     φ(x) = [1, x / f^{1/4}, vec(x xᵀ) / (√2 √f)],     φ(q)·φ(k) = 1 + s + s²/2   with   s = q·k / √f
     S_t = S_{t-1} + φ(k_t) v_tᵀ,     y_t = S_tᵀ φ(q_t)
 
-1 + s + s²/2 = ((1 + s)² + 1) / 2 is at least ½, so a normaliser made of it is never 0. The features are many more numbers
-than what they are made of. In chunks they are written as seldom as can be: inside a chunk the polynomial is taken of s
-itself, a product of f numbers, and the three orders of the state are read one by one.
+1 + s + s²/2 = ((1 + s)² + 1) / 2 is at least ½, so a normaliser made of it is never 0. The features are many more
+numbers than what they are made of. In chunks they are written as seldom as can be: inside a chunk the polynomial is
+taken of s itself, a product of f numbers, and the three orders of the state are read one by one.
 
 Source: Based (arXiv 2402.18668), section 3; Just read twice (arXiv 2407.05483), appendix.
 """
