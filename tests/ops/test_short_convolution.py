@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import ostinato
 from ostinato.errors import DtypeError, NonFiniteError, ShapeError
 from ostinato.ops import short_convolution
+from ostinato.ops.short_convolution import joint_short_convolution
 
 BATCH, TIME, CHANNELS, WIDTH = 2, 11, 5, 4
 
@@ -54,8 +55,24 @@ def test_derivatives():
     assert torch.autograd.gradgradcheck(function, (x, w, state, b))
 
 
+@pytest.mark.parametrize("route", ["reference", "parallel"])
+def test_parts_are_what_stands_side_by_side(route):
+    x, w, state, b = arguments()
+    reset = torch.rand(BATCH, TIME) < 0.3
+    with ostinato.backend(route):
+        whole, last = short_convolution(x, w, state, bias=b, reset=reset)
+        parts, again = joint_short_convolution(x.split([2, 3], -1), w, state, bias=b, reset=reset, silu=(True, False))
+    assert torch.equal(again, last)
+    assert torch.allclose(parts[0], F.silu(whole[..., :2]), rtol=0, atol=1e-12)
+    assert torch.equal(parts[1], whole[..., 2:])
+    (y,), _ = joint_short_convolution([x.bfloat16()], w.float(), silu=[True])
+    assert y.dtype == torch.bfloat16
+
+
 def test_bad_arguments():
     x, w, state, b = arguments()
+    with pytest.raises(ShapeError, match="first part"):
+        joint_short_convolution([x, x[:, 1:]], w, silu=[True, True])
     with pytest.raises(ShapeError, match="weight"):
         short_convolution(x, w[:, :-1])
     with pytest.raises(ShapeError, match="taps"):

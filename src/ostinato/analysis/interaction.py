@@ -157,7 +157,7 @@ def _frozen_gates(layer: Layer) -> Iterator[None]:
     handles = [module.register_forward_hook(_cut(live)) for module, live in _gates(layer)]
     try:
         # The plain routes, whose operations a mode sees.
-        with _FrozenActivations(), backend(rms_norm="parallel", swiglu="parallel"):
+        with _FrozenActivations(), backend(rms_norm="parallel", swiglu="parallel", short_convolution="parallel"):
             yield
     finally:
         for handle in handles:

@@ -66,9 +66,10 @@ class DeltaRuleMixer(KeyValueMixer):
         self, x: Tensor, state: MatrixState, reset: Tensor | None, lengths: Tensor | None = None
     ) -> tuple[Tensor, MatrixState]:
         """What is read from the memory at every step."""
-        queries, keys, values, window = self.project(x, state.window, reset, lengths)
-        activation, norm = FEATURES[self.qk_activation], NORMS[self.qk_norm]
-        queries, keys, values = norm(activation(queries)), norm(activation(keys)), F.silu(values)
+        fused = self.qk_activation == "silu"
+        queries, keys, values, window = self.project(x, state.window, reset, lengths, silu=(fused, fused, True))
+        activation, norm = FEATURES["identity" if fused else self.qk_activation], NORMS[self.qk_norm]
+        queries, keys = norm(activation(queries)), norm(activation(keys))
         beta, log_decay = self.beta(x), self.log_decay(x)
         if (padded := padding(lengths, x.shape[1])) is not None:
             beta = cleared(beta, padded.repeat_interleave(self.writes, dim=1))

@@ -95,7 +95,7 @@ class QueriesKeysValues(nn.Module):
     """Linear maps to the queries, keys and values of all heads, and a short causal convolution over the three.
 
     With `writes` = n there are n keys and values a step, laid out (n, heads, dim); they come out with time
-    n times as long, those of one step side by side. No activation.
+    n times as long, those of one step side by side.
     """
 
     def __init__(
@@ -117,19 +117,24 @@ class QueriesKeysValues(nn.Module):
         window: Tensor | None,
         reset: Bool[Tensor, "batch time"] | None,
         lengths: Int[Tensor, " batch"] | None = None,
+        silu: tuple[bool, bool, bool] = (False, False, False),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries (batch, time, heads, key_dim), keys and values (batch, writes · time, heads, …), the window.
 
-        With `lengths` the window is that of the first `lengths` steps of each row.
+        With `lengths` the window is that of the first `lengths` steps of each row. With `silu`, which of queries, keys
+        and values are activated: here, because a kernel of the convolution does it for nothing.
         """
         batch, time = x.shape[:2]
-        queries, keys, values = self.to_queries(x), self.to_keys(x), self.to_values(x)
-        if self.convolution is not None:
-            entering, inputs = window, torch.cat([queries, keys, values], dim=-1)
-            joined, window = self.convolution(inputs, entering, reset)
-            queries, keys, values = joined.split(self.widths, dim=-1)
+        parts = (self.to_queries(x), self.to_keys(x), self.to_values(x))
+        if self.convolution is None:
+            queries, keys, values = (
+                F.silu(part) if activated else part for part, activated in zip(parts, silu, strict=True)
+            )
+        else:
+            entering = window
+            (queries, keys, values), window = self.convolution.jointly(parts, entering, reset, silu)
             if lengths is not None and entering is not None:
-                window = last_inputs(inputs, entering, reset, lengths)
+                window = last_inputs(torch.cat(parts, dim=-1), entering, reset, lengths)
         queries = queries.reshape(batch, time, self.heads, -1)
         keys = keys.reshape(batch, time * self.writes, self.heads, -1)
         values = values.reshape(batch, time * self.writes, self.heads, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +13,7 @@ from ostinato.errors import ConfigurationError
 from ostinato.ops.checks import product_dtype
 from ostinato.ops.delta_rule import unit_length
 from ostinato.ops.normalization import GATES, gated_rms_norm, rms_norm
-from ostinato.ops.short_convolution import short_convolution
+from ostinato.ops.short_convolution import joint_short_convolution, short_convolution
 
 
 def softplus_inverse(y: Tensor) -> Tensor:
@@ -58,6 +59,16 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch taps channels"]]:
         """The convolved sequence, and the inputs that the next step will need."""
         return short_convolution(x, self.weight, state, bias=self.bias, reset=reset)
+
+    def jointly(
+        self,
+        parts: Sequence[Float[Tensor, "batch time _"]],
+        state: Float[Tensor, "batch taps channels"] | None,
+        reset: Bool[Tensor, "batch time"] | None,
+        silu: Sequence[bool],
+    ) -> tuple[tuple[Float[Tensor, "batch time _"], ...], Float[Tensor, "batch taps channels"]]:
+        """`forward` of parts as if they stood side by side, those with `silu` then activated; in parts again."""
+        return joint_short_convolution(parts, self.weight, state, bias=self.bias, reset=reset, silu=silu)
 
 
 class TokenShift(nn.Module):

@@ -1,9 +1,13 @@
 """`short_convolution`: y_t = Σ_{i < width} w_i ⊙ x_{t−i} (+ b), a few taps per channel, causal, and it streams.
 
 What stands before the recurrence in Mamba, the delta family and RG-LRU. The state is the last width − 1 inputs.
+`joint_short_convolution` does it for several inputs, as if they stood side by side, each followed by silu or not.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +42,28 @@ def short_convolution_step(
     return (y if bias is None else y + bias), window[:, 1:]
 
 
+Parts = tuple[Tensor, ...]
+
+
+def _side_by_side(route: Callable[..., Tensor]) -> Callable[..., Parts]:
+    """A route for several parts from one for a single tensor."""
+    joined = in_accumulation_dtype(route)
+
+    @wraps(route)
+    def parts(
+        inputs: Parts, weight: Tensor, bias: Tensor | None, state: Tensor, reset: Tensor | None, silu: tuple[bool, ...]
+    ) -> Parts:
+        whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=-1)
+        outputs = joined(whole, weight, bias, state, reset).split([part.shape[-1] for part in inputs], dim=-1)
+        return tuple(
+            (F.silu(y) if activated else y).to(whole.dtype) for y, activated in zip(outputs, silu, strict=True)
+        )
+
+    return parts
+
+
 @_engine.route("reference")
-@in_accumulation_dtype
+@_side_by_side
 def _reference(inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, reset: Tensor | None) -> Tensor:
     outputs = []
     for t in range(inputs.shape[1]):
@@ -51,7 +75,7 @@ def _reference(inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tenso
 
 
 @_engine.route("parallel", priority=10)
-@in_accumulation_dtype
+@_side_by_side
 def _parallel(inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, reset: Tensor | None) -> Tensor:
     time, past = inputs.shape[1], weight.shape[0] - 1
     window = torch.cat([state, inputs], dim=1)
@@ -92,26 +116,58 @@ def short_convolution(
 
     Source: Mamba (arXiv 2312.00752), section 3.4, and H3 (arXiv 2212.14052), whose shift matrix it is.
     """
-    check_sequence("inputs", inputs, "batch time channels")
+    (y,), window = joint_short_convolution(
+        [inputs], weight, state, bias=bias, reset=reset, silu=[False], validate=validate
+    )
+    return y, window
+
+
+def joint_short_convolution(
+    inputs: Sequence[Float[Tensor, "batch time _"]],
+    weight: Float[Tensor, "width channels"],
+    state: Float[Tensor, "batch taps channels"] | None = None,
+    *,
+    bias: Float[Tensor, " channels"] | None = None,
+    reset: Bool[Tensor, "batch time"] | None = None,
+    silu: Sequence[bool],
+    validate: bool = False,
+) -> tuple[tuple[Float[Tensor, "batch time _"], ...], Float[Tensor, "batch taps channels"]]:
+    """`short_convolution` of several inputs as if they stood side by side, and silu of those outputs that want it.
+
+    The queries, keys and values of a head mixer, say: one weight and one state for all, and no copy that joins them.
+
+    Args:
+        inputs: x, in parts; `channels` is the sum of their widths.
+        silu: for each part, whether its output is silu(y).
+
+    The others, and what is raised, as for `short_convolution`. Returns the outputs, in parts, and the state.
+    """
+    for part in inputs:
+        check_sequence("inputs", part, "batch time channels")
+        check_shape("inputs", part, (*inputs[0].shape[:2], part.shape[2]), "batch time channels, as the first part")
     check_sequence("weight", weight, "width channels")
-    batch, time, channels = inputs.shape
-    past = weight.shape[0] - 1
+    batch, time = inputs[0].shape[:2]
+    channels, past = sum(part.shape[2] for part in inputs), weight.shape[0] - 1
     check_shape("weight", weight, (past + 1, channels), "width channels, as inputs")
     if bias is not None:
         check_shape("bias", bias, (channels,), "channels")
     if state is None:
-        state = inputs.new_zeros(batch, past, channels)
+        state = inputs[0].new_zeros(batch, past, channels)
     check_shape("state", state, (batch, past, channels), "batch taps channels")
     check_reset(reset, batch, time)
     if validate:
-        check_finite(inputs=inputs, weight=weight, bias=bias, state=state)
-    state = state.to(inputs.dtype)
-    y = _engine(inputs, weight, bias, state, reset).to(inputs.dtype)
+        for part in inputs:
+            check_finite(inputs=part)
+        check_finite(weight=weight, bias=bias, state=state)
+    state = state.to(inputs[0].dtype)
+    outputs: Parts = _engine(tuple(inputs), weight, bias, state, reset, tuple(silu))
     # Only the end: a copy of the whole sequence would cost a pass over it.
-    window = torch.cat([state[:, min(time, past) :], inputs[:, max(time - past, 0) :]], dim=1)
+    ends = [part[:, max(time - past, 0) :] for part in inputs]
+    end = ends[0] if len(ends) == 1 else torch.cat(ends, dim=-1)
+    window = torch.cat([state[:, min(time, past) :], end], dim=1)
     if reset is not None and past:
         # An input before the last reset must not reach a later step: forget it.
         after = torch.cat([torch.zeros_like(reset[:, :1]).expand(-1, past), reset], dim=1)[:, -past:]
         later = after.flip(1).cumsum(1).flip(1) - after.long()
         window = window.masked_fill((later > 0).unsqueeze(-1), 0)
-    return y, window
+    return outputs, window

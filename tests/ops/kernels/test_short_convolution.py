@@ -8,6 +8,7 @@ import torch
 import ostinato
 from ostinato.errors import BackendError
 from ostinato.ops import short_convolution
+from ostinato.ops.short_convolution import joint_short_convolution
 
 
 def values_and_gradients(x, w, state, b, reset, cotangent):
@@ -37,6 +38,36 @@ def test_it_is_the_definition(device, time, width, dtype, resets):
         assert (ours.double() - theirs).norm() <= bound * theirs.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("resets", [False, True])
+def test_parts_side_by_side_with_silu(device, dtype, resets):
+    batch, time, widths, silu = 2, 130, (70, 3, 20), (True, False, True)
+    parts = [torch.randn(batch, time, width, device=device, dtype=dtype) for width in widths]
+    w, b = torch.randn(4, sum(widths), device=device), torch.randn(sum(widths), device=device)
+    state = torch.randn(batch, 3, sum(widths), device=device, dtype=dtype)
+    cotangents = [torch.randn_like(part) for part in parts]
+    reset = torch.rand(batch, time, device=device) < 0.2 if resets else None
+
+    def run(parts, w, state, b, cotangents):
+        given = [a.detach().requires_grad_() for a in (*parts, w, state, b)]
+        outputs, _ = joint_short_convolution(given[:3], given[3], given[4], bias=given[5], reset=reset, silu=silu)
+        return *outputs, *torch.autograd.grad(outputs, given, cotangents)
+
+    with ostinato.backend(short_convolution="triton"):
+        found = run(parts, w, state, b, cotangents)
+        with torch.no_grad():  # nothing is kept
+            again, _ = joint_short_convolution(parts, w, state, bias=b, reset=reset, silu=silu)
+    assert all(torch.equal(one, other) for one, other in zip(again, found, strict=False))
+    with ostinato.backend("reference"):
+        exact = run(
+            *([a.double() for a in p] if isinstance(p, list) else p.double() for p in (parts, w, state, b, cotangents))
+        )
+    for ours, theirs in zip(found, exact, strict=True):
+        # What went into silu is kept in the type of the inputs: a second rounding in the derivative.
+        bound = 1e-6 if dtype == torch.float32 else 2**-8
+        assert (ours.double() - theirs).norm() <= bound * theirs.norm()
+
+
 def test_it_compiles_and_is_differentiable_once(device):
     x, w = torch.randn(2, 9, 6, device=device, requires_grad=True), torch.randn(4, 6, device=device)
     with ostinato.backend(short_convolution="triton"):
@@ -47,3 +78,9 @@ def test_it_compiles_and_is_differentiable_once(device):
         assert torch.allclose(first, grad)
         with pytest.raises(BackendError, match="parallel"):
             torch.autograd.grad(first.square().sum(), x)
+
+        def activated(x, w):
+            return joint_short_convolution([x, 2 * x], torch.cat([w, w], 1), silu=[True, False])[0][0].square().sum()
+
+        (grad,) = torch.autograd.grad(torch.compile(activated, fullgraph=True, backend="aot_eager")(x, w), x)
+        assert torch.allclose(torch.autograd.grad(activated(x, w), x)[0], grad)
