@@ -11,6 +11,7 @@ from ostinato.tasks.base import Task
 
 # name -> "module:class", imported when first asked for.
 _BUILT_IN = {
+    "context_recall": "mad:ContextRecall",
     "copying": "copying:Copying",
     "counter_language": "counters:CounterLanguage",
     "cycle_navigation": "languages:CycleNavigation",
@@ -18,6 +19,7 @@ _BUILT_IN = {
     "digits": "digits:Digits",
     "dyck": "dyck:Dyck",
     "even_pairs": "languages:EvenPairs",
+    "fuzzy_recall": "mad:FuzzyRecall",
     "in_context_copying": "in_context_copying:InContextCopying",
     "induction": "recall:Induction",
     "lookup": "in_context_copying:Lookup",
@@ -25,6 +27,7 @@ _BUILT_IN = {
     "modular_arithmetic_brackets": "arithmetic:ModularArithmeticBrackets",
     "modular_counting": "arithmetic:ModularCounting",
     "masked_text": "masked_text:MaskedText",
+    "memorization": "mad:Memorization",
     "mqar": "recall:MultiQueryRecall",
     "multi_hop": "multi_hop:MultiHop",
     "needle": "needle:Needle",
