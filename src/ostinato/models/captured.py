@@ -9,8 +9,7 @@ A step of a small batch launches hundreds of kernels that each take a few micros
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,21 +18,15 @@ from torch import Tensor, nn
 import ostinato.state
 from ostinato.errors import BackendError, ConfigurationError, ShapeError
 from ostinato.models.backbone import Block
+from ostinato.models.compiled import compiled
 from ostinato.state import State
 
 
-@contextmanager
-def _compiled_blocks(model: nn.Module) -> Iterator[None]:
+def _compiled_blocks(model: nn.Module) -> AbstractContextManager[None]:
     """Compile the blocks, all of one shape at once, while the block runs; the model itself stays as it was."""
     blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block)] or [model]
-    try:
-        for block in blocks:
-            # Only with this option is a product with one row fused with what stands before and after it.
-            block.compile(dynamic=False, options={"coordinate_descent_tuning": True})
-        yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
+    # Only with this option is a product with one row fused with what stands before and after it.
+    return compiled(blocks, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
 class CapturedStep:

@@ -245,8 +245,8 @@ def refuses(
 
 
 def declines(*_: Any) -> str | None:
-    """Never: it is the best where it can run."""
-    return None
+    """Where torch.compile generates code: it joins what is written here with what stands before and after it."""
+    return "the compiler makes a kernel of its own" if torch.compiler.is_compiling() else None
 
 
 def run(

@@ -95,8 +95,8 @@ def refuses(gate: Tensor, value: Tensor) -> str | None:
 
 
 def declines(*_: Any) -> str | None:
-    """Never: it is the best where it can run."""
-    return None
+    """Where torch.compile generates code: it joins what is written here with what stands before and after it."""
+    return "the compiler makes a kernel of its own" if torch.compiler.is_compiling() else None
 
 
 def run(gate: Tensor, value: Tensor) -> Tensor:
