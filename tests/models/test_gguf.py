@@ -171,11 +171,14 @@ def test_digits_stay_together_where_the_file_says_so(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_it_is_linearized_saved_and_read_again(tmp_path: Path) -> None:
-    source = from_gguf(write(tmp_path / "a.gguf", llama(True)))
+def test_it_is_linearized_saved_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.gguf", llama(True))
+    monkeypatch.chdir(tmp_path)
+    source = from_gguf("a.gguf")
     made = linearize(source, window=4)
     assert made.num_parameters() == source.num_parameters()
     made.save_pretrained(tmp_path / "made")
+    monkeypatch.chdir("/")
     again = LanguageModel.from_pretrained(tmp_path / "made")
     assert list(again.stream(" the", max_tokens=4, seed=0)) == list(made.stream(" the", max_tokens=4, seed=0))
 

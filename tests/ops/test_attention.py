@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from importlib import import_module
 
 import pytest
@@ -227,6 +228,22 @@ def test_reset_forgets_the_cache_and_the_earlier_sequence() -> None:
     torch.testing.assert_close(outputs[:1], torch.cat([first, second], dim=1), atol=1e-12, rtol=0)
     torch.testing.assert_close(state.keys[:1][state.valid[:1]], alone.keys[0])
     assert state.valid[0].tolist() == [False] * 7 + [True] * 2
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+@pytest.mark.parametrize("window", [1, 5, 64, 90, 200])
+def test_the_blocks_of_a_window_are_one_batch_or_several(
+    window: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["ostinato.ops.attention"], "_BLOCKS_AT_ONCE", at_once)
+    inputs, cache = draw(410), draw_cache(window - 1)
+    reset = torch.rand(2, 410) < 0.01
+    with ostinato.backend(attention="parallel"):
+        outputs, state = attention(*inputs, cache, window=window, reset=reset)
+    with ostinato.backend(attention="reference"):
+        expected, last = attention(*inputs, cache, window=window, reset=reset)
+    torch.testing.assert_close(outputs, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(state, last, atol=0, rtol=0)
 
 
 def test_a_window_keeps_its_state_small_and_owns_it() -> None:

@@ -101,7 +101,7 @@ def find(name: str | Path) -> Path:
         if not Path(name).is_file():
             raise CheckpointError(f"there is no file {name}")
         return Path(name)
-    if name not in PACKAGED:
+    if str(name) not in PACKAGED:
         raise UnknownNameError("packaged model", str(name), PACKAGED)
     module, variable, how = PACKAGED[str(name)]
     if given := os.environ.get(variable):

@@ -82,7 +82,7 @@ def from_gguf(name: str | Path, tokenizer: str | None = None) -> LanguageModel:
 
     Args:
         name: the file, or the name of a packaged model, "smollm2" (see `ostinato.models.gguf.find`).
-        tokenizer: a name for `get_tokenizer`; None takes the file's own, by this `name`.
+        tokenizer: a name for `get_tokenizer`; None takes the file's own, by this `name` (a path is made absolute).
 
     Such files keep the rows of W_q and W_k in another order, for rotary pairs of neighbours (x_0, x_1), (x_2, x_3), …;
     here they are put back for pairs of halves. A head that is not in the file is the embedding's transpose. In
@@ -92,6 +92,7 @@ def from_gguf(name: str | Path, tokenizer: str | None = None) -> LanguageModel:
     for another architecture, scaled rotary frequencies, experts, or without the package `gguf`.
     """
     file = gguf.GGUF(gguf.find(name))
+    own = str(name) if str(name) in gguf.PACKAGED else str(file.path.resolve())
     family = file.value("general.architecture")
     if family != "llama":
         raise ConfigurationError(f"{file.path} cannot be converted: its architecture is {family!r}, not 'llama'")
@@ -109,7 +110,7 @@ def from_gguf(name: str | Path, tokenizer: str | None = None) -> LanguageModel:
         vocab_size=file.shape("token_embd.weight")[0],
         d_model=width,
         depth=depth,
-        tokenizer=str(name) if tokenizer is None else tokenizer,
+        tokenizer=own if tokenizer is None else tokenizer,
         tie_embeddings=tied,
         hidden=int(file.value("llama.feed_forward_length")),
         # Kept in float32 in the file: 1e-5 would come out as 9.999999747e-06.
