@@ -159,7 +159,12 @@ def linear(kind: str, batch: int = B, time: int = T) -> Call:
         return Side(lambda q, k, v, g: function(q, k, v, g, scale=1.0), arguments)
 
     peers: dict[str, Callable[[], Side]] = {"flash-linear-attention": fla, "torch attention": lambda: attention_side(a)}
-    call = Call(f"linear_attention, {kind} decay", shape_of(batch, time), Side(ops.linear_attention, arguments), peers)
+    call = Call(
+        f"linear_attention, {'no' if kind == 'none' else kind} decay",
+        shape_of(batch, time),
+        Side(ops.linear_attention, arguments),
+        peers,
+    )
     return matrix_floor(call, [t for t in arguments if t is not None], a["q"], 2)
 
 

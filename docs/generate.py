@@ -1,7 +1,8 @@
 """Writes the pages and lists of the documentation that come from the code: the catalogue, the mixers, the tasks, the
 tolerances.
 
-Run by `make docs`; what it writes is not committed, so it cannot go stale.
+Run by `make docs`; what it writes is not committed, so it cannot go stale. The README's table of speeds is: it is written
+here too, and a test compares.
 """
 
 from __future__ import annotations
@@ -85,6 +86,25 @@ def benchmarks() -> str:
             cells = [[_cell(row.get(header, "")) for header in headers] for row in rows]
             parts.append(f"#### {name}\n\n" + table(headers, cells) + "\n")
     return "".join(parts) or "No benchmark has been committed yet.\n"
+
+
+def speed_summary() -> str:
+    """The README's table of kernels: forward with backward, queued, and how much longer the peers take."""
+    path = catalogue.results_folder() / "benchmarks" / "gpu.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in content["speed"]:
+        ours = row["sides"]["ours"]["queued, ms"][1]
+        others = [
+            f"{name} {side['times ours, queued'][1]:.2f}×" for name, side in row["sides"].items() if name != "ours"
+        ]
+        share = f"{100 * row['fraction of the floor'][1]:.0f} %"
+        rows.append([f"`{row['call']}`", row["shape"], f"{ours:.2f}", share, ", ".join(others)])
+    headers = ["call", "shape", "ms", "floor / time", "time of others / ours"]
+    where = content["machine"]
+    return (
+        table(headers, rows) + f"\n{where['gpu']}, torch {where['torch']}, {content['date']}; forward with backward.\n"
+    )
 
 
 def _sides(row: dict) -> list[dict]:
@@ -209,6 +229,13 @@ def tolerances_table() -> str:
     return table(["type", "outputs and states", "gradients"], rows)
 
 
+def with_speeds(readme: str) -> str:
+    """The README with the table of the committed benchmark between its two marks."""
+    before, _, rest = readme.partition("<!-- speeds -->\n")
+    _, mark, after = rest.partition("<!-- end of speeds -->")
+    return f"{before}<!-- speeds -->\n{speed_summary()}{mark}{after}"
+
+
 def main() -> None:
     """Write everything."""
     generated = DOCS / "generated"
@@ -220,6 +247,8 @@ def main() -> None:
     for name, text in lists.items():
         (generated / f"{name}.md").write_text(text, encoding="utf-8")
     (DOCS / "catalogue.md").write_text(catalogue_page(), encoding="utf-8")
+    readme = DOCS.parent / "README.md"
+    readme.write_text(with_speeds(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -109,3 +109,9 @@ def test_the_site_builds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "catalogue.html").is_file()
+
+
+def test_the_readme_has_the_committed_speeds() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    with_speeds = runpy.run_path(str(ROOT / "docs" / "generate.py"))["with_speeds"]
+    assert with_speeds(readme) == readme, "run python docs/generate.py"
