@@ -1,8 +1,8 @@
 """Writes the pages and lists of the documentation that come from the code: the catalogue, the mixers, the tasks, the
 tolerances.
 
-Run by `make docs`; what it writes is not committed, so it cannot go stale. The README's table of speeds is: it is written
-here too, and a test compares.
+Run by `make docs`; what it writes is not committed, so it cannot go stale. The README's table of speeds is: it is
+written here too, and a test compares.
 """
 
 from __future__ import annotations
