@@ -15,10 +15,30 @@ from ostinato.mixers.parts import (
     ShortConvolution,
     TokenShift,
     l2_normalize,
+    linear_together,
     log_uniform,
     softplus_inverse,
 )
 from ostinato.ops.short_convolution import previous_is_same_sequence
+
+
+def test_narrow_maps_together_are_the_maps():
+    x = torch.randn(2, 3, 4, dtype=torch.double, requires_grad=True)
+    maps = [torch.nn.Linear(4, width, bias=False).double() for width in (3, 6, 1)]
+    together = linear_together(x, *maps)
+    assert len(together) == 3
+    for found, each in zip(together, maps, strict=True):
+        assert torch.allclose(found, each(x), rtol=0, atol=1e-12)
+    weights = [each.weight for each in maps]
+    wanted = torch.autograd.grad(sum(each(x).square().sum() for each in maps), [x, *weights])
+    found = torch.autograd.grad(sum(y.square().sum() for y in together), [x, *weights])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+    # One that is watched computes for itself, and so does one that is more than a matrix.
+    seen = []
+    maps[1].register_forward_hook(lambda module, given, output: seen.append(output))
+    assert torch.equal(linear_together(x, *maps)[1], seen[0])
+    biased = torch.nn.Linear(4, 2).double()
+    assert torch.equal(linear_together(x, biased)[0], biased(x))
 
 
 def test_softplus_inverse_inverts_from_tiny_to_huge() -> None:

@@ -59,8 +59,16 @@ class DeltaRuleMixer(KeyValueMixer):
 
     def beta(self, x: Tensor) -> Tensor:
         """The step sizes, (batch, writes · time, heads)."""
-        beta = torch.sigmoid(self.to_beta(x)) * (2 if self.negative_eigenvalues else 1)
-        return beta.reshape(x.shape[0], -1, self.heads)
+        return self.opened(self.to_beta(x))
+
+    def opened(self, raw: Tensor) -> Tensor:
+        """β of W_β x."""
+        beta = torch.sigmoid(raw) * (2 if self.negative_eigenvalues else 1)
+        return beta.reshape(len(raw), -1, self.heads)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`beta` and `log_decay`."""
+        return self.beta(x), self.log_decay(x)
 
     def remember(
         self, x: Tensor, state: MatrixState, reset: Tensor | None, lengths: Tensor | None = None
@@ -70,7 +78,7 @@ class DeltaRuleMixer(KeyValueMixer):
         queries, keys, values, window = self.project(x, state.window, reset, lengths, silu=(fused, fused, True))
         activation, norm = FEATURES["identity" if fused else self.qk_activation], NORMS[self.qk_norm]
         queries, keys = norm(activation(queries)), norm(activation(keys))
-        beta, log_decay = self.beta(x), self.log_decay(x)
+        beta, log_decay = self.gates(x)
         if (padded := padding(lengths, x.shape[1])) is not None:
             beta = cleared(beta, padded.repeat_interleave(self.writes, dim=1))
             log_decay = None if log_decay is None else cleared(log_decay, padded)

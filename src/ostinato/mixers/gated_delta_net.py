@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ostinato.mixers.base import Traits
 from ostinato.mixers.delta_net import DeltaRuleMixer
 from ostinato.mixers.heads import decay_rates, softplus_steps, step_biases, widened
+from ostinato.mixers.parts import linear_together
 
 
 class GatedDeltaRuleMixer(DeltaRuleMixer):
@@ -27,7 +28,16 @@ class GatedDeltaRuleMixer(DeltaRuleMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """log α, (batch, time, heads), in float32 at least."""
-        return -widened(self.log_rate).exp() * softplus_steps(self.to_steps(x), self.step_bias)
+        return self.decayed(self.to_steps(x))
+
+    def decayed(self, raw: Tensor) -> Tensor:
+        """log α of W_a x."""
+        return -widened(self.log_rate).exp() * softplus_steps(raw, self.step_bias)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`beta` and `log_decay`, of one product."""
+        rates, steps = linear_together(x, self.to_beta, self.to_steps)
+        return self.opened(rates), self.decayed(steps)
 
 
 class GatedDeltaNet(GatedDeltaRuleMixer):

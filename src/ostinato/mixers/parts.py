@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -29,6 +30,21 @@ def log_uniform(size: int, low: float, high: float, floor: float = 0.0) -> Tenso
 def l2_normalize(x: Float[Tensor, "... dim"], eps: float = 1e-6) -> Float[Tensor, "... dim"]:
     """x / √(Σx² + eps) over the last axis, in float32 at least; an all-zero vector stays zero."""
     return unit_length(x, eps)
+
+
+def linear_together(x: Float[Tensor, "... dim"], *maps: nn.Module) -> list[Tensor]:
+    """What each of several narrow linear maps makes of x, by one product: x and its gradient pass memory once.
+
+    The joined weight is filled up to a multiple of eight rows, the least that tensor cores take without detours. A map
+    that is more than a matrix (has a bias, is adapted, has hooks that want to see it) computes for itself.
+    """
+    if not all(type(each) is nn.Linear and each.bias is None and not each._forward_hooks for each in maps):
+        return [each(x) for each in maps]
+    weights: list[Tensor] = [each.weight for each in maps]  # type: ignore[misc]
+    widths = [len(weight) for weight in weights]
+    if missing := -sum(widths) % 8:
+        weights.append(weights[0].new_zeros(missing, x.shape[-1]))
+    return list(F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1))[: len(maps)]
 
 
 class ShortConvolution(nn.Module):
