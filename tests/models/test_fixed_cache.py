@@ -30,7 +30,7 @@ def test_its_steps_are_the_models(plan: str) -> None:
     for t in range(tokens.shape[1]):
         logits, state = decoder.step(tokens[:, t], state)
         torch.testing.assert_close(logits, together[:, t], atol=1e-9, rtol=1e-9)
-    assert state.filled.tolist() == [300, 300] and state.keys.shape[3] == 512
+    assert state.filled.tolist() == [300, 300] and state.keys[0].shape[2] == 512
 
 
 def test_a_full_cache_keeps_its_size() -> None:

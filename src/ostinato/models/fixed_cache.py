@@ -26,10 +26,10 @@ _SPLIT = 256
 
 
 class FixedCache(NamedTuple):
-    """Keys and values of all layers, and how many entries are filled."""
+    """Keys and values, first layer first, and how many entries are filled."""
 
-    keys: Float[Tensor, "batch layers kv_heads capacity head_dim"]
-    values: Float[Tensor, "batch layers kv_heads capacity head_dim"]
+    keys: tuple[Float[Tensor, "batch kv_heads capacity head_dim"], ...]
+    values: tuple[Float[Tensor, "batch kv_heads capacity head_dim"], ...]
     filled: Int[Tensor, " batch"]
 
 
@@ -57,12 +57,11 @@ class FixedCacheDecoder(nn.Module):
 
     def initial_state(self, batch_size: int = 1) -> FixedCache:
         """An empty cache, in the type of the parameters."""
-        mixer = self.model.backbone.mixers[0]
-        assert isinstance(mixer, Attention)
-        shape = (batch_size, self.model.backbone.depth, mixer.key_value_heads, self.capacity, mixer.head_dim)
-        keys = self.model.embedding.weight.new_zeros(shape)
-        filled = torch.zeros(batch_size, dtype=torch.long, device=keys.device)
-        return FixedCache(keys, torch.zeros_like(keys), filled)
+        zeros = self.model.embedding.weight.new_zeros
+        mixers: list[Any] = self.model.backbone.mixers
+        shapes = [(batch_size, mixer.key_value_heads, self.capacity, mixer.head_dim) for mixer in mixers]
+        keys, values = (tuple(zeros(shape) for shape in shapes) for _ in range(2))
+        return FixedCache(keys, values, zeros(batch_size, dtype=torch.long))
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " batch"], state: FixedCache) -> tuple[Float[Tensor, "batch vocab"], FixedCache]:
@@ -76,7 +75,7 @@ class FixedCacheDecoder(nn.Module):
         visible = torch.arange(self.capacity, device=x.device) <= place.unsqueeze(1)
         blocks: list[Any] = list(model.backbone.blocks)
         for layer, block in enumerate(blocks):
-            mixed = self._attend(block.mixer, block.norm(x), state, layer, place, visible)
+            mixed = self._attend(block.mixer, block.norm(x), layer, state, place, visible)
             if block.channel_mixer is None:
                 x = x + mixed
             else:
@@ -88,19 +87,20 @@ class FixedCacheDecoder(nn.Module):
         return logits, state
 
     def _attend(
-        self, mixer: Attention, x: Tensor, state: FixedCache, layer: int, place: Tensor, visible: Tensor
+        self, mixer: Attention, x: Tensor, layer: int, state: FixedCache, place: Tensor, visible: Tensor
     ) -> Tensor:
+        all_keys, all_values = state.keys[layer], state.values[layer]
         queries, keys, values = mixer.project(x)
         queries, keys, _ = mixer.place(queries, keys, state.filled, None)
         rows = torch.arange(len(place), device=x.device)
-        state.keys[rows, layer, :, place] = keys[:, 0]
-        state.values[rows, layer, :, place] = values[:, 0]
+        all_keys[rows, :, place] = keys[:, 0]
+        all_values[rows, :, place] = values[:, 0]
         # The heads that share a head of keys are rows of one product: nothing is repeated.
         grouped = queries[:, 0].unflatten(1, (mixer.key_value_heads, -1))
-        scores = (grouped * mixer.head_dim**-0.5) @ state.keys[:, layer].transpose(-1, -2)
+        scores = (grouped * mixer.head_dim**-0.5) @ all_keys.transpose(-1, -2)
         scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
         weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).to(x.dtype)
         # One long sum over the capacity would keep a few cores of a GPU busy: it is cut, and the parts are summed.
-        cut = state.values[:, layer].unflatten(2, (-1, _SPLIT))
+        cut = all_values.unflatten(2, (-1, _SPLIT))
         parts = weights.unflatten(-1, (-1, _SPLIT)).transpose(-2, -3) @ cut
         return mixer.to_output(parts.sum(2).flatten(1).unsqueeze(1))

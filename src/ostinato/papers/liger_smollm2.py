@@ -8,7 +8,8 @@ What pretraining saw of either is not known.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import pairwise
 from statistics import mean
 from typing import Any
@@ -86,7 +87,9 @@ def measure(run: Run) -> list[Measured]:
             ]
             for name in arms
         }
-    speed = run.part("real decoding", _decoding, contexts, run.choose(smoke=2, cpu=8, gpu=16))
+    speed = run.part(
+        "real decoding", _decoding, contexts, run.choose(smoke=2, cpu=8, gpu=16), [1, 8] if _device() == "cuda" else [1]
+    )
     _figures(run, converted, adapted, contexts, speed)
     rows = [*_quality(converted, adapted), _speed(contexts, speed)]
     if run.budget != "gpu":
@@ -199,52 +202,63 @@ def _adapted(name: str, updates: int, batch: int, seed: int, *sizes: int) -> dic
     return _scores(model, *sizes)
 
 
-@torch.no_grad()
-def _decoding(contexts: list[int], steps: int) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second and bytes of state at each context, for a batch of one.
+def _decoding(contexts: list[int], steps: int, batches: list[int]) -> dict[str, dict[str, list[float]]]:
+    """Tokens a second (of all rows together) and bytes of state at each context.
 
     The original with its own growing state, and with a cache of the context's capacity written in place; Liger-GLA
-    after reading so many tokens. On a GPU in bfloat16, the last two as CUDA graphs too. The caches are filled at
-    random: a step takes as long whatever they hold.
+    after reading so many tokens. On a GPU in bfloat16, the last two as CUDA graphs too, and for larger batches as those
+    alone. The caches are filled at random: a step takes as long whatever they hold.
     """
-    device = torch.device(_device())
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    original, liger = (_made(name).to(device, dtype) for name in ("original", "Liger-GLA"))
-    token = torch.zeros(1, dtype=torch.long, device=device)
+    dtype = torch.bfloat16 if _device() == "cuda" else torch.float32
+    original, liger = (_made(name).to(_device(), dtype) for name in ("original", "Liger-GLA"))
     found: dict[str, dict[str, list[float]]] = {"tokens/s": {}, "bytes": {}}
     for context in contexts:
-        grown, state = _filled(original, context), _read(liger, context)
-        decoder = FixedCacheDecoder(original, context)
-        cache = decoder.initial_state()
-        cache.keys.normal_(), cache.values.normal_(), cache.filled.fill_(context)
-        sizes = {
-            "original, its own state": ostinato.state.num_bytes(grown.layers),
-            "original, fixed cache": cache.keys.nbytes + cache.values.nbytes,
-            "Liger-GLA": ostinato.state.num_bytes(state.layers),
-        }
-
-        def walk(model: Any, start: Any) -> Any:
-            def call() -> None:
-                state = start
-                for _ in range(steps):
-                    _, state = model.step(token, state)
-
-            return call
-
-        calls = {
-            name: walk(model, start)
-            for name, model, start in zip(sizes, (original, decoder, liger), (grown, cache, state), strict=True)
-        }
-        if device.type == "cuda":
-            graphs = {"original, fixed cache": CapturedStep(decoder, cache), "Liger-GLA": CapturedStep(liger, state)}
-            for name, graph in graphs.items():
-                calls[f"{name}, graph"] = lambda graph=graph: [graph(token) for _ in range(steps)]
-        times = time_together(calls, rounds=3, warm_up=1, device=device)
-        for name, timing in times.items():
-            found["tokens/s"].setdefault(name, []).append(steps / timing.median)
-        for name, size in sizes.items():
-            found["bytes"].setdefault(name, []).append(size)
+        for batch in batches:
+            rates, sizes = _decoded(original, liger, context, batch, steps)
+            for what, values in (("tokens/s", rates), ("bytes", sizes)):
+                for name, value in values.items():
+                    found[what].setdefault(name if batch == 1 else f"{name}, batch {batch}", []).append(value)
     return found
+
+
+@torch.no_grad()
+def _decoded(
+    original: LanguageModel, liger: LanguageModel, context: int, batch: int, steps: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Tokens a second, and bytes of state, by name."""
+    device = original.device
+    token = torch.zeros(batch, dtype=torch.long, device=device)
+    decoder, state = FixedCacheDecoder(original, context), _read(liger, context, batch)
+    cache = decoder.initial_state(batch)
+    for part in (*cache.keys, *cache.values):
+        part.normal_()
+    cache.filled.fill_(context)
+
+    def walk(model: Any, state: Any) -> None:
+        for _ in range(steps):
+            _, state = model.step(token, state)
+
+    calls: dict[str, Callable[[], None]] = {}
+    sizes: dict[str, float] = {
+        "original, fixed cache": ostinato.state.num_bytes((cache.keys, cache.values)),
+        "Liger-GLA": ostinato.state.num_bytes(state.layers),
+    }
+    if batch == 1:
+        grown = _filled(original, context)
+        sizes["original, its own state"] = ostinato.state.num_bytes(grown.layers)
+        calls["original, its own state"] = lambda: walk(original, grown)
+        calls["original, fixed cache"] = lambda: walk(decoder, cache)
+        calls["Liger-GLA"] = lambda: walk(liger, state)
+    if device.type == "cuda":
+        graphs = {"original, fixed cache": CapturedStep(decoder, cache), "Liger-GLA": CapturedStep(liger, state)}
+
+        def replay(graph: CapturedStep) -> None:
+            for _ in range(steps):
+                graph(token)
+
+        calls |= {f"{name}, graph": partial(replay, graph) for name, graph in graphs.items()}
+    times = time_together(calls, rounds=3, warm_up=1, device=device)
+    return {name: steps * batch / timing.median for name, timing in times.items()}, sizes
 
 
 def _filled(model: LanguageModel, context: int) -> LanguageState:
@@ -258,13 +272,15 @@ def _filled(model: LanguageModel, context: int) -> LanguageState:
     return LanguageState(tuple(layers), empty.output)
 
 
-def _read(model: LanguageModel, context: int) -> LanguageState:
+@torch.no_grad()
+def _read(model: LanguageModel, context: int, batch: int = 1) -> LanguageState:
+    """The state after `context` random tokens, the same in every row."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (1, context), generator=generator).to(model.device)
     state = model.initial_state(1)
     for part in tokens.split(2048, dim=1):
         _, state = model._hidden(part, state)
-    return ostinato.state.clone(state)
+    return ostinato.state.clone(ostinato.state.select(state, [0] * batch))
 
 
 def _figures(
@@ -284,7 +300,7 @@ def _figures(
         log_x=True,
     )
     run.figure(
-        "SmolLM2-135M, decoding one sequence",
+        "SmolLM2-135M, decoding one sequence, or eight at once",
         [Series(name, contexts, each) for name, each in speed["tokens/s"].items()],
         x_label="tokens of context",
         y_label="tokens per second",
@@ -334,8 +350,9 @@ def _quality(converted: dict[str, dict[str, Any]], adapted: dict[str, list[dict[
 
 def _speed(contexts: list[int], speed: dict[str, dict[str, list[float]]]) -> Measured:
     rates, sizes = speed["tokens/s"], speed["bytes"]
-    own = max(rates[name][-1] for name in rates if name.startswith("Liger"))
-    theirs = max(rates[name][-1] for name in rates if name.startswith("original"))
+    alone = [name for name in rates if "batch" not in name]
+    own = max(rates[name][-1] for name in alone if name.startswith("Liger"))
+    theirs = max(rates[name][-1] for name in alone if name.startswith("original"))
     table = "; ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in each)}" for name, each in rates.items())
     state = "; ".join(f"{name} {', '.join(f'{size / 1e6:.1f}' for size in each)}" for name, each in sizes.items())
     constant = len(set(sizes["Liger-GLA"])) == 1
@@ -344,6 +361,6 @@ def _speed(contexts: list[int], speed: dict[str, dict[str, list[float]]]) -> Mea
         f"{own:.0f} tokens/s against {theirs:.0f} at {contexts[-1]}, {sizes['Liger-GLA'][-1] / 1e6:.1f} MB of state "
         f"against {sizes['original, fixed cache'][-1] / 1e6:.1f}",
         constant and own > theirs,
-        f"at {', '.join(map(str, contexts))} tokens, batch 1 on {_device()}: tokens/s: {table}. MB: {state}. Against "
-        "the original's fastest",
+        f"against the original's fastest, batch 1. At {', '.join(map(str, contexts))} tokens on {_device()}, tokens/s: "
+        f"{table}. MB: {state}",
     )
