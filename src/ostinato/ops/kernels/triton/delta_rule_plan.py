@@ -97,8 +97,9 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
     value_dim = values.shape[-1]
     micro = keys.shape[1] // tokens
     half = queries.dtype in HALF
-    # The matrix units of Hopper take 64 rows of half precision, here of a state. With tiles of 32 the gradients were
-    # wrong on an H100, where units of two generations shared a kernel; they are right in the interpreter.
+    # In half precision never fewer than 64 keys, which the products of a state need to be Hopper's own (wgmma). With
+    # tiles of 32 an H100 had wrong gradients of keys (24 keys, 100 values), for a reason that was not found: in the
+    # interpreter they are right.
     key_block, all_values = max(64 if half else 16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
     large = not half or (channels and key_block > 128)
     chunk = OVERRIDES.get("chunk", 32 if large else 64)
