@@ -47,6 +47,19 @@ def test_it_is_adapted_to_a_text_and_merged(model: Path, tmp_path: Path) -> None
     assert changed == {f"backbone.blocks.0.mixer.{part}.weight" for part in ("to_query", "to_key", "to_value")}
 
 
+def test_lolcats_learns_its_features_first(model: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(TEXT)
+    result = ostinato(
+        *(model, "--out", tmp_path / "made", "--text", book, "--steps", 4, "--batch", 2, "--length", 16, "--rank", 2),
+        *("--device", "cpu", "--recurrence", "lolcats", "--window", 4),
+    )
+    assert "attention transfer" in result.output and "after 2 steps" in result.output
+    made = LanguageModel.from_pretrained(tmp_path / "made")
+    features = made.state_dict()["backbone.blocks.0.mixer.key_features"]
+    assert not (features == features.new_ones(8).diag()).all()
+
+
 def test_a_folder_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")

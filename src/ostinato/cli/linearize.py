@@ -20,7 +20,9 @@ def linearize(
         ),
     ],
     out_folder: Annotated[Path, typer.Option("--out", help="Where the converted model is saved.")] = Path("linear"),
-    recurrence: Annotated[str, typer.Option(help="gla, hgrn2 or gsa; none for the window alone, a control.")] = "gla",
+    recurrence: Annotated[
+        str, typer.Option(help="gla, hgrn2 or gsa; for a control none, the window alone, or lolcats.")
+    ] = "gla",
     window: Annotated[int, typer.Option(help="Steps that softmax attention still sees.")] = 64,
     mix: Annotated[float, typer.Option(help="The recurrence's share of the output; the window has the rest.")] = 0.5,
     slots: Annotated[int, typer.Option(help="Of gsa, per head.")] = 16,
@@ -36,7 +38,8 @@ def linearize(
     """Replace softmax attention by Liger attention: same weights, none added, a state that does not grow.
 
     With --text, bits per byte of its held-out tenth are printed before and after; with --steps too, low-rank
-    adapters are trained on the rest and merged into the saved model.
+    adapters are trained on the rest and merged into the saved model. LoLCATs takes the first half of them to learn its
+    features.
 
     [bold]Examples[/]
 
@@ -52,6 +55,7 @@ def linearize(
 
     from ostinato.layers.lora import add_lora, merge_lora
     from ostinato.models.linearize import linearize as convert
+    from ostinato.training.attention_transfer import transfer_attention
     from ostinato.training.fit import fit
 
     if steps and not text:
@@ -68,11 +72,17 @@ def linearize(
         rows = [["before", _score(source, task)], ["converted", _score(made, task)]]
         if steps:
             torch.manual_seed(seed)
+            transfers = steps // 2 if recurrence == "lolcats" else 0
+            if transfers:
+                where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+                shown = (task.train_batch(step, batch, seed).inputs for step in range(transfers))
+                losses = transfer_attention(made.to(where), source.to(where), shown)
+                err.print(f"attention transfer: {losses[0]:.3g} at first, {losses[-1]:.3g} after {transfers} steps")
             add_lora(made, rank=rank)
             history = fit(
                 made,
                 task,
-                steps=steps,
+                steps=steps - transfers,
                 batch_size=batch,
                 learning_rate=learning_rate,
                 weight_decay=0.0,
@@ -83,7 +93,7 @@ def linearize(
                 err.print("stopped; nothing is saved")
                 raise typer.Exit(INTERRUPTED)
             merge_lora(made)
-            rows.append([f"after {steps} steps of LoRA", _score(made, task)])
+            rows.append([f"after {steps} steps" + (" of LoRA" if not transfers else ""), _score(made, task)])
         print_table(["on the held-out text", "bits per byte"], rows)
     made.save_pretrained(out_folder)
     out.print(f"now: ostinato generate {out_folder} --prompt …")
