@@ -16,7 +16,7 @@ from torch import Tensor
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import card, power_of_two, without_second_derivative
 
-_ELEMENTS, _WIDEST = 4096, 16384
+_ELEMENTS, _WIDEST = 2048, 16384
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -97,9 +97,9 @@ def _backward(
 
 
 def _tile(dim: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and warps."""
+    """Rows and columns of a tile, and warps: sixteen elements a thread, which leaves room for five tiles of them."""
     columns = power_of_two(dim)
-    return max(1, _ELEMENTS // columns), columns, 8 if columns <= 2 * _ELEMENTS else 16
+    return max(1, _ELEMENTS // columns), columns, min(16, max(4, columns // 512))
 
 
 def _or_nothing(x: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import without_second_derivative
 
-_STEPS, _CHANNELS, _WIDEST = 128, 64, 16
+_STEPS, _CHANNELS, _WARPS, _WIDEST = 64, 64, 8, 16
 Parts = tuple[Tensor, ...]
 
 
@@ -138,7 +138,7 @@ def convolve(
         None if reset is None else reset.contiguous(), outputs, kept, time, channels,
         weight.stride(0), state.stride(0), state.stride(1),
         WIDTH=weight.shape[0], BIAS=bias is not None, RESET=reset is not None, SILU=silu, KEEP=keep,
-        STEPS=_STEPS, CHANNELS=_CHANNELS,
+        STEPS=_STEPS, CHANNELS=_CHANNELS, num_warps=_WARPS,
     )  # fmt: skip
     return outputs, kept
 
@@ -169,7 +169,7 @@ def convolve_backward(
     _backward[(tiles, triton.cdiv(channels, _CHANNELS), batch)](
         grad.contiguous(), kept, inputs.contiguous(), weight, state, None if reset is None else reset.contiguous(),
         grad_inputs, grad_state, partial, time, channels, tiles, weight.stride(0), state.stride(0), state.stride(1),
-        WIDTH=width, RESET=reset is not None, SILU=kept is not None, STEPS=_STEPS, CHANNELS=_CHANNELS,
+        WIDTH=width, RESET=reset is not None, SILU=kept is not None, STEPS=_STEPS, CHANNELS=_CHANNELS, num_warps=_WARPS,
     )  # fmt: skip
     return grad_inputs, grad_state, partial.sum(0)
 
