@@ -25,7 +25,7 @@ from ostinato.ops.tiled_attention import tiled_attention
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
 from ostinato.tasks.text import Text
-from ostinato.timing import peak_bytes, time_together
+from ostinato.timing import Timing, peak_bytes, time_together
 from ostinato.training.ensemble import fit_together
 from ostinato.training.evaluate import evaluate
 
@@ -338,11 +338,11 @@ def _speeds(run: Run) -> list[Measured]:
 
 def _tokens(run: Run) -> Measured:
     """The paper's table: one number of tokens in sequences of every length."""
-    tokens, lengths = 65_536, (512, 2048, 8192, 32_768, 65_536)
-    found: dict[str, list[float]] = run.part("tokens", _timed_tokens, tokens, lengths, "cuda")
-    run.sizes["tokens"] = "65,536 in all, 8 heads, keys 256, values 512; attention 32 heads of 128; bfloat16"
+    measured: dict[str, Any] = run.part("tokens", _timed_tokens, 65_536, (512, 2048, 8192, 32_768, 65_536), "cuda")
+    tokens, lengths, found = measured["tokens"], measured["lengths"], measured["seconds"]
+    run.sizes["tokens"] = f"{tokens} in all, 8 heads, keys 256, values 512; attention 32 heads of 128; bfloat16"
     run.figure(
-        "Forward and backward of 65,536 tokens, free route",
+        f"Forward and backward of {tokens:,} tokens, free route",
         [Series(name, list(lengths), [1e3 * value for value in values]) for name, values in found.items()],
         x_label="length of a sequence",
         y_label="milliseconds",
@@ -354,34 +354,39 @@ def _tokens(run: Run) -> Measured:
         "tokens",
         "; ".join(f"{name} {', '.join(f'{1e3 * value:.1f}' for value in values)} ms" for name, values in found.items()),
         max(flat["sigmoid"], flat["exponential"]) <= 1.25 and flat["attention"] >= 2,
-        f"at lengths {', '.join(map(str, lengths))}; longest over shortest time "
+        f"{tokens:,} tokens at lengths {', '.join(map(str, lengths))}; longest over shortest time "
         + ", ".join(f"{name} {value:.2f}" for name, value in flat.items())
         + "; asked: at most 1.25 for both cells, at least 2 for attention",
     )
 
 
-def _timed_tokens(tokens: int, lengths: tuple[int, ...], on: str) -> dict[str, list[float]]:
-    """Seconds of forward and backward of both cells and of attention, by the length of the sequences."""
+def _timed_tokens(tokens: int, lengths: tuple[int, ...], on: str) -> dict[str, Any]:
+    """Seconds of forward and backward of both cells and of attention, by the length; of half where memory ends."""
     device = torch.device(on)
+    lengths = tuple(time for time in lengths if time <= tokens)
     found: dict[str, list[float]] = {name: [] for name in ("sigmoid", "exponential", "attention")}
-    for time in lengths:
-        shapes = [(8, 256), (8, 256), (8, 512), (8,), (8,)]
-        arguments = [
-            torch.randn(tokens // time, time, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for shape in shapes
-        ]
-        heads = [
-            torch.randn(tokens // time, 32, time, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for _ in range(3)
-        ]
-        calls: dict[str, Callable[[], Any]] = {
-            "sigmoid": partial(_pass, _gated, arguments),
-            "exponential": partial(_pass, _stabilised, arguments),
-            "attention": partial(_pass, partial(F.scaled_dot_product_attention, is_causal=True), heads),
-        }
-        for name, timing in time_together(calls, rounds=5, warm_up=2, budget=15, device=device).items():
-            found[name].append(timing.median)
-    return found
+    try:
+        for time in lengths:
+            for name, timing in _timed_length(tokens // time, time, device).items():
+                found[name].append(timing.median)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return _timed_tokens(tokens // 2, lengths, on)
+    return {"tokens": tokens, "lengths": list(lengths), "seconds": found}
+
+
+def _timed_length(batch: int, time: int, device: torch.device) -> dict[str, Timing]:
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    arguments = [drawn(time, 8, *size) for size in ((256,), (256,), (512,), (), ())]
+    heads = [drawn(32, time, 128) for _ in range(3)]
+    calls: dict[str, Callable[[], Any]] = {
+        "sigmoid": partial(_pass, _gated, arguments),
+        "exponential": partial(_pass, _stabilised, arguments),
+        "attention": partial(_pass, partial(F.scaled_dot_product_attention, is_causal=True), heads),
+    }
+    return time_together(calls, rounds=5, warm_up=2, budget=15, device=device)
 
 
 def _pass(cell: Any, arguments: list[Tensor]) -> None:
