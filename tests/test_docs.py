@@ -101,7 +101,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     import shutil
     import subprocess
 
-    for name in ("docs", "mkdocs.yml"):
+    for name in ("docs", "mkdocs.yml", "README.md"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     subprocess.run([sys.executable, "docs/generate.py"], cwd=tmp_path, check=True)
