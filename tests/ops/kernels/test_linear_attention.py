@@ -149,12 +149,17 @@ def test_half_precision(device: torch.device, decay: str, dtype: torch.dtype) ->
     assert_rounded(found, reference(args, reset), decay)
 
 
+@pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
-def test_tiles_by_the_copy_engine(device: torch.device, decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors through descriptors: bfloat16, dimensions that are powers of two; the last chunk is not whole."""
-    from ostinato.ops.kernels.triton import linear_attention_launch
+def test_tiles_by_the_copy_engine(
+    device: torch.device, decay: str, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors through descriptors or not: bfloat16, powers of two; the last chunk is not whole."""
+    from ostinato.ops.kernels.triton.linear_attention_channels_launch import ChannelWalks
+    from ostinato.ops.kernels.triton.linear_attention_heads import HeadWalks
 
-    monkeypatch.setattr(linear_attention_launch, "COPY_ENGINE", True)
+    monkeypatch.setattr(HeadWalks, "copies", copies)
+    monkeypatch.setattr(ChannelWalks, "copies", copies)
     args = arguments(device, decay, 130, (2, 2, 32, 32) if INTERPRETED else (2, 2, 128, 128), torch.bfloat16)
     assert_rounded(results(args, None, "triton"), reference(args, None), decay)
 

@@ -22,6 +22,7 @@ from ostinato.ops.delta_rule import unit_length
 from ostinato.ops.kernels.triton import delta_rule_launch as launches
 from ostinato.ops.kernels.triton.delta_rule_launch import Inputs
 from ostinato.ops.kernels.triton.delta_rule_plan import Plan, plan
+from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import without_second_derivative
 from ostinato.ops.kernels.triton.tuned import tuned
 
@@ -189,12 +190,13 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, *_: 
         grad = values.new_zeros(*queries.shape[:3], values.shape[-1])
     if grad_last is not None:
         grad_last = grad_last.contiguous()
-    *found, of_state = _backward(grad.contiguous(), grad_last, *ctx.saved_tensors, ctx.normalize)
+    *found, of_state = call_once(_backward, grad.contiguous(), grad_last, *ctx.saved_tensors, ctx.normalize)
     grads = (None if x is None else g.to(x.dtype) for x, g in zip(given, found, strict=True))
     return *grads, None, None if state is None else of_state.to(state.dtype), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_apply = eagerly(_forward, _save, _differentiate)
 
 
 def _rows(
@@ -249,7 +251,7 @@ def run(
     def dense(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.contiguous()
 
-    outputs, last, *_ = _forward(
+    outputs, last, *_ = _apply(
         queries.contiguous(),
         keys.contiguous(),
         values.contiguous(),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ostinato.errors import BackendError
+from ostinato.ops.kernels.triton import ahead
 
 
 def _plainly(arguments: tuple[Any, ...]) -> bool:
@@ -44,6 +45,34 @@ def call_once(operator: Any, *arguments: Any) -> Any:
     return _Once.apply(operator, *arguments) if _plainly(arguments) else operator(*arguments)
 
 
+class _Context:
+    """What a rehearsal's `setup` and `pull_back` find in place of autograd's context."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+        self.saved_tensors: tuple[Any, ...] = ()
+        self.materialize = True
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize = value
+
+    def mark_non_differentiable(self, *_: Any) -> None:
+        pass
+
+
+def _rehearsal(operator: Any, setup: Callable[..., None], pull_back: Callable[..., Any], arguments: Any) -> None:
+    """A forward pass and, where a gradient is wanted, a backward pass of the first output."""
+    context = _Context(arguments)
+    output = operator._init_fn(*arguments)
+    if any(context.needs_input_grad):
+        setup(context, arguments, output)
+        first, *others = (torch.empty_like(o) for o in (output if isinstance(output, tuple) else (output,)))
+        pull_back(context, first, *(other if context.materialize else None for other in others))
+
+
 def eagerly(operator: Any, setup: Callable[..., None], pull_back: Callable[..., Any]) -> Callable[..., Any]:
     """`operator`, made by `torch.library.custom_op`, with the autograd that `register_autograd` is given."""
 
@@ -59,6 +88,10 @@ def eagerly(operator: Any, setup: Callable[..., None], pull_back: Callable[..., 
             return pull_back(ctx, *grads)
 
     def call(*arguments: Any) -> Any:
-        return Eager.apply(*arguments) if _plainly(arguments) else operator(*arguments)
+        if not _plainly(arguments):
+            return operator(*arguments)
+        if ahead.ENABLED:
+            ahead.rehearse(operator._qualname, arguments, lambda: _rehearsal(operator, setup, pull_back, arguments))
+        return Eager.apply(*arguments)
 
     return call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -13,14 +13,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostinato.ops.kernels.triton import chunk_parts
-from ostinato.ops.kernels.triton.launch import card, dot_precision, power_of_two
+from ostinato.ops.kernels.triton.launch import INTERPRETED, card, dot_precision, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_walk import enter
 
 SHORTEST_SEGMENT = 8
 """Chunks: a segment has at least as many, so that the passes over its edges cost little beside it."""
-
-COPY_ENGINE = False
-"""Whether tiles of half precision are moved by the card's copy engine (by descriptors of tensors), where it can."""
 
 WIDE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float32}
 """The type of operands that can outgrow the inputs' range."""
@@ -67,6 +64,9 @@ def described(tensors: tuple[Tensor | None, ...], rows: int, columns: int) -> tu
 @dataclass(frozen=True)
 class Walks(ABC):
     """The kernels over one problem, in both directions of time, and where its segments begin."""
+
+    copies: ClassVar[bool]
+    """Whether tiles of half precision are moved by the card's copy engine (by descriptors of tensors), where it can."""
 
     log_decay: Tensor | None
     reset: Tensor | None
@@ -169,7 +169,8 @@ class Walks(ABC):
         key_dim = written.shape[-1]
         wide: tuple[Any, ...] = (readers, written, *by_key)
         narrow: tuple[Any, ...] = (values, outputs, *by_value)
-        copied = COPY_ENGINE and values.element_size() == 2
+        capable = INTERPRETED or card(values.device).capability >= (9, 0)
+        copied = self.copies and capable and values.element_size() == 2
         copied = copied and all(tensor is None or describable(tensor) for tensor in wide + narrow)
         if copied:
             wide = described(wide, self.rows, block(key_dim))

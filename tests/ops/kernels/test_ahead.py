@@ -1,0 +1,142 @@
+"""The first call rehearsed: what it computes is the same, and its kernels are compiled before it launches one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ostinato import backend, mixer, ops
+from ostinato.ops import cells
+
+pytest.importorskip("triton")
+from ostinato.ops.kernels.triton import ahead
+
+OFFLINE = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+events = []
+
+class Utils:
+    def load_binary(self, name, *_):
+        events.append(("loaded", name))
+        return 1, 0, 64, 0, 1024
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448}
+
+class Driver:
+    utils = Utils()
+    def launcher_cls(self, source, metadata):
+        return lambda *_: events.append(("launched", metadata.name))
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_active_torch_device = lambda self: torch.device("cpu")
+
+driver.set_active(Driver())
+from ostinato.ops.kernels.triton import launch
+launch.INTERPRETED = True  # tensors of the processor are let in
+launch.card = lambda _: launch.Card(132, 232448, (9, 0))
+from ostinato.ops.kernels.triton import ahead, diagonal_scan
+ahead.ENABLED = sys.argv[1] == "ahead"
+a, b = torch.rand(2, 40, 8).requires_grad_(), torch.rand(2, 40, 8).requires_grad_()
+for _ in range(2):
+    diagonal_scan.run(a, b, None)[0].sum().backward()
+kinds = [kind for kind, _ in events]
+print("".join(kind[1] for kind in kinds))
+"""
+
+
+def offline(mode: str, cache: str) -> str:
+    """Whether kernels were loaded (o) or launched (a), in order; compiled for a card that is not there."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, mode], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_all_kernels_are_loaded_before_the_first_launch(tmp_path: object) -> None:
+    together = offline("ahead", str(tmp_path))
+    loaded = together.count("o")
+    assert loaded >= 2
+    assert together == "o" * loaded + "a" * together.count("a")
+    one_by_one = offline("as ever", str(tmp_path))
+    assert one_by_one.count("o") == loaded and one_by_one.count("a") == together.count("a")
+    assert one_by_one.startswith("oa")
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).requires_grad_()
+
+
+PARA_GRU = mixer("para_gru", 16, iterations=2)
+CALLS = {
+    "diagonal_scan": lambda: (ops.diagonal_scan, (leaf(1, 5, 4), leaf(1, 5, 4))),
+    "linear_attention": lambda: (ops.linear_attention, (leaf(1, 5, 1, 16), leaf(1, 5, 1, 16), leaf(1, 5, 1, 16))),
+    "delta_rule": lambda: (ops.delta_rule, (leaf(1, 5, 1, 16), leaf(1, 5, 1, 16), leaf(1, 5, 1, 16))),
+    "exponential_attention": lambda: (
+        ops.exponential_attention,
+        (leaf(1, 5, 1, 16), leaf(1, 5, 1, 16), leaf(1, 5, 1, 16), leaf(1, 5, 1), leaf(1, 5, 1)),
+    ),
+    "recurrent_scan": lambda: (
+        lambda weight, x: ops.recurrent_scan(cells.LSTM(), (weight,), x),
+        (leaf(4, 1, 16, 16), leaf(1, 5, 4, 1, 16)),
+    ),
+    "newton_scan": lambda: (lambda x, *_: PARA_GRU(x), (leaf(1, 5, 16), *PARA_GRU.parameters())),
+    "rms_norm": lambda: (lambda x, weight: (ops.rms_norm(x, weight),), (leaf(1, 5, 16), leaf(16))),
+    "swiglu": lambda: (lambda a, b: (ops.swiglu(a, b),), (leaf(1, 5, 16), leaf(1, 5, 16))),
+    "short_convolution": lambda: (ops.short_convolution, (leaf(1, 5, 4), leaf(3, 4))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_rehearsal_goes_through_and_changes_nothing(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, arguments = CALLS[name]()
+    if name == "newton_scan":
+        PARA_GRU.to(device)
+    else:
+        arguments = tuple(argument.detach().to(device).requires_grad_() for argument in arguments)
+    rehearsed = []
+
+    def rehearse(operator: str, _: object, call: object) -> None:
+        with torch.no_grad():
+            call()  # type: ignore[operator]
+        rehearsed.append(operator)
+
+    def solve() -> list[torch.Tensor]:
+        with backend(**{name: "triton"}):
+            outputs = function(*arguments)[0]
+        return [outputs.detach(), *torch.autograd.grad(outputs.sum(), arguments)]
+
+    expected = solve()
+    monkeypatch.setattr(ahead, "ENABLED", True)
+    monkeypatch.setattr(ahead, "rehearse", rehearse)
+    assert all(map(torch.equal, solve(), expected))
+    assert rehearsed
+
+
+def test_the_same_kind_is_rehearsed_once_and_failures_are_not_raised() -> None:
+    pytest.importorskip("triton.runtime._async_compile")
+    calls = []
+
+    def fail() -> None:
+        calls.append(ahead._rehearsing.get())
+        ahead.rehearse("inner", (), lambda: calls.append("nested"))
+        raise ValueError
+
+    x = torch.zeros(2, 5, 3)
+    ahead.rehearse("a test", (x, None, 2), fail)
+    ahead.rehearse("a test", (x + 1, None, 2), fail)
+    assert calls == [True] and not ahead._rehearsing.get()
+    ahead.rehearse("a test", (x.half(), None, 2), fail)
+    ahead.rehearse("a test", (x, None, 3), fail)
+    assert len(calls) == 3
