@@ -39,6 +39,8 @@ def triton():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_is_the_definition(device, triton, name, shape, dtype):
     x, g, *cotangents = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+    if shape[0] > 1000:  # the terms of the weight's gradient, a sum over rows, are not to cancel
+        x, g, *cotangents = (tensor.abs() for tensor in (x, g, *cotangents))
     w = torch.randn(shape[-1], device=device)
     found = values_and_gradients(CASES[name], (x, g, w), cotangents)
     with ostinato.backend(rms_norm="reference", swiglu="reference"):
