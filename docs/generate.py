@@ -57,6 +57,7 @@ def result_table(found: dict) -> str:
     rows = [[c["claim"], c["theirs"], c["ours"], verdict(c["holds"]), c.get("note", "")] for c in found["claims"]]
     where = f"budget {found['budget']}, seed {found['seed']}, {found['seconds']} s, "
     where += ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    where += f". {found['conditions']}" if "conditions" in found else ""
     return table(["claim", "theirs", "ours", "verdict", "note"], rows) + f"\n{where}\n\n"
 
 
