@@ -42,6 +42,8 @@ def rehearse(name: str, arguments: tuple[Any, ...], call: Callable[[], Any]) -> 
     key = (name, kind(arguments), torch.is_grad_enabled())
     if key in _seen or _rehearsing.get():
         return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # a graph would record what the rehearsal does beside its kernels
     _seen.add(key)
     try:
         from triton.runtime._async_compile import AsyncCompileMode
