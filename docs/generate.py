@@ -181,7 +181,8 @@ def linear_family() -> str:
     sizes = ", ".join(f"{key} {value}" for key, value in content["sizes"].items())
     done, total = content["finished"]
     where = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
-    parts.append(f"Budget {content['budget']}: {sizes}; {done} of {total} runs; {where}.\n")
+    how = content.get("conditions", "")
+    parts.append(f"Budget {content['budget']}: {sizes}; {done} of {total} runs; {where}. {how}\n")
     failures = [
         [f"`{row['plan']}`", column, message]
         for row in content["rows"]
