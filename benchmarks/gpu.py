@@ -256,9 +256,6 @@ def training(peers: bool, compiled: bool, steps: int = 16, batch: int = 8, windo
     for name, make in makers.items():
         try:
             model = make()
-            if "compiled" in name:
-                for block in model.backbone.blocks:
-                    block.compile()
             ends: list[float] = []
 
             def note(report: Any, ends: list[float] = ends) -> None:
@@ -268,6 +265,7 @@ def training(peers: bool, compiled: bool, steps: int = 16, batch: int = 8, windo
             history = ostinato.fit(
                 model, task, steps=steps, batch_size=batch, learning_rate=1e-3, mixed_precision="bf16",
                 evaluate_every=0, evaluation_batches=1, progress=False, callbacks=[note],
+                compile="compiled" in name,
             )  # fmt: skip
             taken = [after - before for before, after in pairwise(ends[4:])]
             rate = batch * window / statistics.median(taken)

@@ -104,7 +104,8 @@ def speed_summary() -> str:
     headers = ["call", "shape", "ms", "floor / time", "time of others / ours"]
     where = content["machine"]
     return (
-        table(headers, rows) + f"\n{where['gpu']}, torch {where['torch']}, {content['date']}; forward with backward.\n"
+        table(headers, rows)
+        + f"\n{where['gpu']}, torch {where['torch']}, {content['date']}; forward with backward, queued behind\nother work, so without the host's launches. {content['conditions']}\n"
     )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from ostinato.errors import ConfigurationError, DivergenceError
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.tasks.arithmetic import Parity
-from ostinato.training.ensemble import fit_together
+from ostinato.training.ensemble import fit_seeds, fit_together
 from ostinato.training.fit import fit
 
 TASK = Parity(min_length=2, max_length=8, tested_lengths=(8,), test_size=8)
@@ -74,3 +74,16 @@ def test_what_is_refused() -> None:
 
     with pytest.raises(ConfigurationError, match="Buffered has buffers"):
         fit_together(lambda seed: Buffered(), TASK, (0,), steps=1)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_seeds_are_one_batch_on_a_gpu_and_the_same_models_either_way(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    found = list(fit_seeds(_build("min_gru"), TASK, (3, 5), steps=2, batch_size=2, device="cpu"))
+    assert len(found) == (1 if gpu else 2)
+    together = fit_together(_build("min_gru"), TASK, (3, 5), steps=2, batch_size=2, device="cpu")
+    for model, wanted in zip((model for ensemble in found for model in ensemble), together, strict=True):
+        for ours, theirs in zip(model.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
 from ostinato.layers.rotary import rotate
+from ostinato.ops.checks import accumulation_dtype
 
 PARTS = ("full", "low", "high")
 
@@ -82,7 +83,7 @@ class MDLRPE(nn.Module):
         """[x ⊙ cos Θ, x ⊙ sin Θ], in the type of x; `places` are those of the grid if None."""
         places = grid_places(self.grid, x.shape[1], x.device, self.num_prefix) if places is None else places
         angles = self.angles(places).unsqueeze(-2)
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        wide = x.to(accumulation_dtype(x.dtype))
         cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
         return torch.cat([wide * cos, wide * sin], dim=-1).to(x.dtype)
 

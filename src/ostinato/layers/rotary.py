@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ostinato.errors import ConfigurationError
+from ostinato.ops.checks import accumulation_dtype
 
 
 def positions(
@@ -50,7 +51,7 @@ def rotate(
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     frequency = base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     angle = positions.to(exact)[:, :, None, None] * frequency
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    wide = x.to(accumulation_dtype(x.dtype))
     cos, sin = angle.cos().to(wide.dtype), angle.sin().to(wide.dtype)
     first, second = wide[..., :half], wide[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError, ShapeError
+from ostinato.ops.checks import accumulation_dtype
 
 
 class Router(nn.Module):
@@ -31,7 +32,7 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time d_model"]) -> Float[Tensor, "batch time memories"]:
         """The logits."""
-        wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+        wide = accumulation_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(wide), self.weight.to(wide))
 

@@ -26,7 +26,7 @@ from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
 from ostinato.tasks.text import Text
 from ostinato.timing import Timing, peak_bytes, time_together
-from ostinato.training.ensemble import fit_together
+from ostinato.training.ensemble import fit_seeds
 from ostinato.training.evaluate import evaluate
 
 claims = (
@@ -271,19 +271,18 @@ def _train_or_diverge(*arguments: Any) -> dict[str, Any]:
 def _train(plan: str, width: int, task: Text, seeds: list[int], batch: int, steps: int, run: Run) -> dict[str, Any]:
     """The held-out loss of every seed, and the mean loss at every tenth of the training."""
     scores, losses = [], []
-    # On a GPU the seeds are one batch; on a processor that would gain nothing.
-    for group in [seeds] if torch.cuda.is_available() else [[seed] for seed in seeds]:
-        ensemble = fit_together(
-            lambda _: TokenClassifier(task.vocab_size, width, plan, 4),
-            task,
-            group,
-            steps=steps,
-            batch_size=batch,
-            learning_rate=1e-3,
-            weight_decay=0.1,
-            warmup=min(100, steps),
-            say=run.say,
-        )
+    trained = fit_seeds(
+        lambda _: TokenClassifier(task.vocab_size, width, plan, 4),
+        task,
+        seeds,
+        steps=steps,
+        batch_size=batch,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        warmup=min(100, steps),
+        say=run.say,
+    )
+    for ensemble in trained:
         losses += list(zip(*ensemble.losses, strict=True))
         scores += [evaluate(model, task)["loss"] for model in ensemble]
     return {"scores": scores, "losses": [mean(values) for values in zip(*losses, strict=True)]}

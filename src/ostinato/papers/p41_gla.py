@@ -22,7 +22,7 @@ from ostinato.report import Series
 from ostinato.tasks.base import Task
 from ostinato.tasks.recall import MultiQueryRecall
 from ostinato.tasks.text import Text
-from ostinato.training.ensemble import fit_together
+from ostinato.training.ensemble import fit_seeds
 from ostinato.training.evaluate import evaluate
 
 claims = (
@@ -255,21 +255,20 @@ def _train(
 ) -> dict[str, Any]:
     """Scores and sizes of every seed, of text the loss between `bins` of longer pieces, and the losses in training."""
     channel_mixer = None if isinstance(task, MultiQueryRecall) else "swiglu"
-    # On a GPU the seeds are one batch; on a processor that would gain nothing.
     members: list[dict[str, Any]] = []
     losses = []
-    for group in [seeds] if torch.cuda.is_available() else [[seed] for seed in seeds]:
-        ensemble = fit_together(
-            lambda _: TokenClassifier(task.vocab_size, width, plan, depth, channel_mixer=channel_mixer),
-            task,
-            group,
-            steps=steps,
-            batch_size=batch,
-            learning_rate=rate,
-            weight_decay=0.1,
-            warmup=min(100, steps),
-            say=run.say,
-        )
+    trained = fit_seeds(
+        lambda _: TokenClassifier(task.vocab_size, width, plan, depth, channel_mixer=channel_mixer),
+        task,
+        seeds,
+        steps=steps,
+        batch_size=batch,
+        learning_rate=rate,
+        weight_decay=0.1,
+        warmup=min(100, steps),
+        say=run.say,
+    )
+    for ensemble in trained:
         losses.append(ensemble.losses)
         for model in ensemble:
             scores = evaluate(model, task)

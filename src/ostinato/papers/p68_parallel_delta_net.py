@@ -27,7 +27,7 @@ from ostinato.tasks.mad import ContextRecall, FuzzyRecall, Memorization
 from ostinato.tasks.recall import MultiQueryRecall
 from ostinato.tasks.text import Text
 from ostinato.timing import time_together
-from ostinato.training.ensemble import fit_together
+from ostinato.training.ensemble import fit_seeds
 from ostinato.training.evaluate import evaluate
 
 claims = (
@@ -386,18 +386,18 @@ def _longer(
     """
     batches = list(task.pieces(bins[-1], task.window))
     losses = []
-    for group in [seeds] if torch.cuda.is_available() else [[seed] for seed in seeds]:
-        ensemble = fit_together(
-            lambda _: TokenClassifier(256, width, plan, depth),
-            task,
-            group,
-            steps=steps,
-            batch_size=batch,
-            learning_rate=1e-3,
-            weight_decay=0.1,
-            warmup=min(100, steps),
-            say=run.say,
-        )
+    trained = fit_seeds(
+        lambda _: TokenClassifier(256, width, plan, depth),
+        task,
+        seeds,
+        steps=steps,
+        batch_size=batch,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        warmup=min(100, steps),
+        say=run.say,
+    )
+    for ensemble in trained:
         losses += [[part["loss"] for part in loss_by_position(model, batches, bins)] for model in ensemble]
     return losses
 
@@ -421,20 +421,19 @@ def _train(
         mixed = "swiglu" if isinstance(task, Text) else channel_mixer
         return TokenClassifier(task.vocab_size, width, plan, depth, channel_mixer=mixed)
 
-    # On a GPU the seeds are one batch; on a processor that would gain nothing.
     members = []
-    for group in [seeds] if torch.cuda.is_available() else [[seed] for seed in seeds]:
-        ensemble = fit_together(
-            build,
-            task,
-            group,
-            steps=steps,
-            batch_size=batch,
-            learning_rate=rate,
-            weight_decay=0.1,
-            warmup=min(100, steps),
-            say=run.say,
-        )
+    trained = fit_seeds(
+        build,
+        task,
+        seeds,
+        steps=steps,
+        batch_size=batch,
+        learning_rate=rate,
+        weight_decay=0.1,
+        warmup=min(100, steps),
+        say=run.say,
+    )
+    for ensemble in trained:
         for model in ensemble:
             scores = evaluate(model, task)
             sizes = {"parameters": sum(value.numel() for value in model.parameters()), "state": state_size(model)}

@@ -189,3 +189,15 @@ def _clip_each(parameters: Sequence[Tensor], clip: float) -> Tensor:
         shape = (-1, *[1] * (gradient.ndim - 1))
         gradient.mul_(scale.view(shape)).masked_fill_(~finite.view(shape), 0)
     return finite
+
+
+def fit_seeds(
+    build: Callable[[int], nn.Module], task: Task, seeds: Sequence[int], *, steps: int, **options: Any
+) -> Iterator[Ensemble]:
+    """`fit_together` of all seeds on a GPU; one seed after the other on a processor, where a batch of them gains nothing.
+
+    Arguments, results and errors are those of `fit_together`; the ensembles follow the order of the seeds.
+    """
+    groups = [list(seeds)] if torch.cuda.is_available() or not seeds else [[seed] for seed in seeds]
+    for group in groups:
+        yield fit_together(build, task, group, steps=steps, **options)
