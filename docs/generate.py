@@ -102,11 +102,10 @@ def speed_summary() -> str:
         share = f"{100 * row['fraction of the floor'][1]:.0f} %"
         rows.append([f"`{row['call']}`", row["shape"], f"{ours:.2f}", share, ", ".join(others)])
     headers = ["call", "shape", "ms", "floor / time", "time of others / ours"]
-    where = content["machine"]
-    return (
-        table(headers, rows)
-        + f"\n{where['gpu']}, torch {where['torch']}, {content['date']}; forward with backward, queued behind\nother work, so without the host's launches. {content['conditions']}\n"
-    )
+    machine = content["machine"]
+    where = f"{machine['gpu']}, torch {machine['torch']}, {content['date']}; forward with backward, queued behind other"
+    how = f"work, so without what the host takes to launch. {content['conditions']}"
+    return f"{table(headers, rows)}\n{where}\n{how}\n"
 
 
 def _sides(row: dict) -> list[dict]:

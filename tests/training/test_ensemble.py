@@ -77,9 +77,7 @@ def test_what_is_refused() -> None:
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_seeds_are_one_batch_on_a_gpu_and_the_same_models_either_way(
-    gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seeds_are_one_batch_on_a_gpu_and_the_same_models_anyway(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     found = list(fit_seeds(_build("min_gru"), TASK, (3, 5), steps=2, batch_size=2, device="cpu"))
     assert len(found) == (1 if gpu else 2)

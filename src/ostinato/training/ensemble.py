@@ -194,7 +194,7 @@ def _clip_each(parameters: Sequence[Tensor], clip: float) -> Tensor:
 def fit_seeds(
     build: Callable[[int], nn.Module], task: Task, seeds: Sequence[int], *, steps: int, **options: Any
 ) -> Iterator[Ensemble]:
-    """`fit_together` of all seeds on a GPU; one seed after the other on a processor, where a batch of them gains nothing.
+    """`fit_together` of all seeds on a GPU; of one after the other on a processor, where a batch of them gains nothing.
 
     Arguments, results and errors are those of `fit_together`; the ensembles follow the order of the seeds.
     """
