@@ -218,8 +218,29 @@ def language_model() -> Any:
     return ostinato.LanguageModel(d_model=WIDTH, plan=PLAN, depth=LAYERS).cuda()
 
 
+def fla_weights(mixer: Any) -> dict[str, Tensor]:
+    """The weights of our gated_delta_net under the names of flash-linear-attention's layer."""
+    ours = mixer.state_dict()
+    names = {
+        "project.to_queries.weight": "q_proj.weight",
+        "project.to_keys.weight": "k_proj.weight",
+        "project.to_values.weight": "v_proj.weight",
+        "to_steps.weight": "a_proj.weight",
+        "to_beta.weight": "b_proj.weight",
+        "to_gate.weight": "g_proj.weight",
+        "to_output.weight": "o_proj.weight",
+        "norm.norm.weight": "o_norm.weight",
+        "log_rate": "A_log",
+        "step_bias": "dt_bias",
+    }
+    taps = ours["project.convolution.weight"]  # ours from the newest step on, theirs from the oldest
+    convolutions = taps.flip(0).T.unsqueeze(1).chunk(3)
+    theirs = {f"{name}_conv1d.weight": part for name, part in zip("qkv", convolutions, strict=True)}
+    return theirs | {names[name]: value for name, value in ours.items() if name in names}
+
+
 def with_fla_layers(model: Any) -> Any:
-    """The same model, its mixers replaced by flash-linear-attention's of the same sizes."""
+    """The same model with the same weights, its mixers replaced by flash-linear-attention's."""
     from fla.layers import GatedDeltaNet
 
     from ostinato.mixers.base import Mixer
@@ -239,6 +260,7 @@ def with_fla_layers(model: Any) -> Any:
 
     for index, block in enumerate(model.backbone.blocks):
         layer = GatedDeltaNet(hidden_size=WIDTH, expand_v=1, head_dim=WIDTH // 6, num_heads=6, layer_idx=index)
+        layer.load_state_dict(fla_weights(block.mixer))
         block.mixer = Theirs(layer).cuda()
     return model
 
