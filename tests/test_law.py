@@ -48,6 +48,7 @@ VARIANTS = [
     ("gated_delta_net", {"output_gate": False, "conv": None}),
     ("gated_delta_product", {"negative_eigenvalues": True, "householders": 3}),
     ("gla", {"conv": 4, "gate_floor": -5.0}),
+    ("gla", {"gate_values": True, "gate_floor": -5.0}),
     ("gru", {"heads": 4, "expand": 2.0}),
     ("hgrn2", {"lower_bound": 0.5}),
     ("kimi_delta_attention", {"negative_eigenvalues": True, "gate_floor": -5.0}),

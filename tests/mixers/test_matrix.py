@@ -187,6 +187,25 @@ def test_gla_with_one_decay_for_all_channels(kind: str) -> None:
     assert_exact(mixer(x)[0], mixer.to_output(normed.flatten(-2)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["channel", "head", "fixed", "off"])
+def test_gla_with_gates_on_values_too(kind: str) -> None:
+    mixer, x = built("gla", decay=kind, gate_values=True, gate_floor=-0.05, gate_rank=3), sequence()
+    q, k, v = (split(part(x)) for part in (mixer.project.to_queries, mixer.project.to_keys, mixer.project.to_values))
+    alpha = mixer.log_decay(x).exp()
+    alpha = (alpha if kind == "channel" else alpha.unsqueeze(-1)).expand(k.shape)
+    beta = split((torch.sigmoid(mixer.to_value_decay(x)) ** (1 / 16)).clamp(min=math.exp(-0.05)))
+    assert beta.shape == v.shape and beta.min() < 0.96
+
+    def step(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = outer(alpha[:, t], beta[:, t]) * state + outer(k[:, t], v[:, t])
+        return read(q[:, t] / math.sqrt(2), state), state
+
+    outputs = loop(step, torch.zeros(BATCH, HEADS, 2, 4, dtype=x.dtype))
+    normed = rms(outputs, mixer.norm.norm.weight) * F.silu(split(mixer.to_gate(x)))
+    assert_exact(mixer(x)[0], mixer.to_output(normed.flatten(-2)))
+
+
 def test_gla_refuses_a_decay_it_does_not_know() -> None:
     with pytest.raises(ConfigurationError, match="decay must be one of channel, head, fixed, off"):
         ostinato.mixer("gla", D_MODEL, decay="sometimes")
@@ -425,6 +444,8 @@ def test_autocast_keeps_the_memory_in_float32(name: str) -> None:
         ("gla", {"conv": 4, "gate_floor": -0.05}),
         ("gla", {"decay": "head"}),
         ("gla", {"decay": "fixed", "conv": 4}),
+        ("gla", {"gate_values": True, "conv": 4, "gate_floor": -0.05}),
+        ("gla", {"gate_values": True, "decay": "off"}),
         ("hgrn2", {"lower_bound": 0.5}),
         ("mamba2", {"groups": 2}),
         ("mlstm", {"input_gate": "sigmoid"}),

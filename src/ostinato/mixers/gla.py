@@ -1,4 +1,5 @@
-"""Gated linear attention: every key channel of the memory has its own data-dependent decay.
+"""Gated linear attention: every key channel of the memory has its own data-dependent decay, every value channel too if
+wanted.
 
 Source: GLA (arXiv 2312.06635), section 4.
 """
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Traits
 from ostinato.mixers.heads import KeyValueMixer, MatrixState, cleared, padding, widened
+from ostinato.ops.outer_gated_attention import outer_gated_attention
 
 DECAYS = ("channel", "head", "fixed", "off")
 
@@ -20,6 +22,9 @@ class GLA(KeyValueMixer):
     """S_t = diag(α_t) S_{t−1} + k_t v_tᵀ, o_t = S_tᵀ q_t with log α_t = logsigmoid(W_2 W_1 x + b) / τ.
 
     q = W_q x K^{−1/2}, k = W_k x, v = W_v x, no activation; y = W_o [RMSNorm(o) ⊙ silu(W_g x)].
+
+    With `gate_values`, the general form, which the paper derives and then sets β = 1:
+    S_t = (α_t β_tᵀ) ⊙ S_{t−1} + k_t v_tᵀ, log β with a W_2 W_1 x + b of its own (that it is made as α is: inferred).
 
     Args:
         d_model: width.
@@ -31,6 +36,7 @@ class GLA(KeyValueMixer):
         conv: taps of a short convolution over q, k and v, followed by SiLU; None (the paper) for none.
         decay: "channel", or for ablations "head" (one data-dependent α per head), "fixed" (RetNet's constant
             α_h = 1 − 2^{−5−h}) or "off" (α = 1).
+        gate_values: whether the channels of the values decay too, by β.
 
     Raises `ConfigurationError` for another decay.
     """
@@ -53,6 +59,7 @@ class GLA(KeyValueMixer):
         gate_floor: float | None = None,
         conv: int | None = None,
         decay: str = "channel",
+        gate_values: bool = False,
     ) -> None:
         if decay not in DECAYS:
             raise ConfigurationError(f"decay must be one of {', '.join(DECAYS)}, got {decay!r}")
@@ -60,8 +67,10 @@ class GLA(KeyValueMixer):
         self.temperature, self.gate_floor = temperature, gate_floor
         self.decay = decay
         if decay in ("channel", "head"):
-            gates = heads * self.key_dim if decay == "channel" else heads
-            self.to_decay = nn.Sequential(nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, gates))
+            self.to_decay = _low_rank(d_model, gate_rank, heads * self.key_dim if decay == "channel" else heads)
+        self.to_value_decay = _low_rank(d_model, gate_rank, heads * self.value_dim) if gate_values else None
+        if gate_values:
+            self.scan = outer_gated_attention  # type: ignore[method-assign]
 
     def log_decay(self, x: Tensor) -> Tensor:
         """log α in float32 at least: (batch, time, heads, key_dim), or with other decays one number per head."""
@@ -69,10 +78,13 @@ class GLA(KeyValueMixer):
             head = torch.arange(self.heads, device=x.device, dtype=self.state_dtype)
             fixed = torch.log1p(-torch.exp2(-5 - head)) if self.decay == "fixed" else torch.zeros_like(head)
             return fixed.expand(*x.shape[:2], -1)
-        log_decay = F.logsigmoid(widened(self.to_decay(x))) / self.temperature
-        if self.gate_floor is not None:
-            log_decay = log_decay.clamp(min=self.gate_floor)
+        log_decay = self._log_gate(self.to_decay(x))
         return log_decay if self.decay == "head" else log_decay.unflatten(-1, (self.heads, -1))
+
+    def _log_gate(self, raw: Tensor) -> Tensor:
+        """logsigmoid(raw) / τ, not below the floor."""
+        log_gate = F.logsigmoid(widened(raw)) / self.temperature
+        return log_gate if self.gate_floor is None else log_gate.clamp(min=self.gate_floor)
 
     def remember(
         self, x: Tensor, state: MatrixState, reset: Tensor | None, lengths: Tensor | None = None
@@ -83,6 +95,14 @@ class GLA(KeyValueMixer):
             queries, keys, values = F.silu(queries), F.silu(keys), F.silu(values)
         queries = queries * self.key_dim**-0.5
         padded = padding(lengths, x.shape[1])
-        log_decay = cleared(self.log_decay(x), padded)
-        outputs, memory = self.scan(queries, cleared(keys, padded), values, log_decay, state.memory, reset=reset)
+        decays = [cleared(self.log_decay(x), padded)]
+        if self.to_value_decay is not None:
+            by_value = self._log_gate(self.to_value_decay(x)).unflatten(-1, (self.heads, -1))
+            decays.insert(0, cleared(by_value, padded))
+        outputs, memory = self.scan(queries, cleared(keys, padded), values, *decays, state.memory, reset=reset)
         return outputs, MatrixState(memory, window)
+
+
+def _low_rank(d_model: int, rank: int, gates: int) -> nn.Sequential:
+    """W_2 W_1 x + b: the raw gates."""
+    return nn.Sequential(nn.Linear(d_model, rank, bias=False), nn.Linear(rank, gates))

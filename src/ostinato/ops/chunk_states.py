@@ -54,7 +54,7 @@ def _sum_to(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 def chunk_states(
-    carried: Float[Tensor, "chunks batch #heads #key_dim 1"] | None,
+    carried: Float[Tensor, "chunks batch #heads #key_dim #value_dim"] | None,
     written: Float[Tensor, "chunks batch heads key_dim value_dim"],
     initial: Float[Tensor, "batch heads key_dim value_dim"],
 ) -> tuple[Float[Tensor, "chunks batch heads key_dim value_dim"], Float[Tensor, "batch heads key_dim value_dim"]]:
