@@ -72,6 +72,29 @@ def test_all_kernels_are_loaded_before_the_first_launch(tmp_path: object) -> Non
     assert one_by_one.startswith("oa")
 
 
+FIRST = """
+import torch
+from ostinato import ops
+q, k, v = (torch.randn(2, 130, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+gate = torch.randn(2, 130, 2, device="cuda", requires_grad=True)
+{call}[0].sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what autograd's thread knows of a card shows on a card")
+@pytest.mark.parametrize(
+    "call", ["ops.exponential_attention(q, k, v, gate, -gate.exp())", "ops.linear_attention(q, k, v)"]
+)
+def test_the_first_backward_pass_of_a_process(call: str, tmp_path: object) -> None:
+    """Its thread has launched nothing yet, and its kernels were loaded by others."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST.format(call=call)], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).requires_grad_()
 

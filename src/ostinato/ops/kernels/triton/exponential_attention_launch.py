@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostinato.ops.kernels.triton.exponential_attention_gates import gates_kernel
 from ostinato.ops.kernels.triton.exponential_attention_memory import combine_kernel, states_kernel
-from ostinato.ops.kernels.triton.launch import card, dot_precision, fitting, power_of_two
+from ostinato.ops.kernels.triton.launch import attend, card, dot_precision, fitting, power_of_two
 
 WIDEST = 256
 """Channels of a head that the kernels take."""
@@ -128,6 +128,7 @@ def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
     What the constructor would check of each of twenty in a call, `whole` and the plans here see to.
     """
+    attend()
     made = object.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = tensor, list(tensor.shape), list(tensor.stride())
     made.block_shape, made.padding = [1, 1, rows, columns], "zero"

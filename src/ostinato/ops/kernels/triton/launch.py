@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -60,6 +61,19 @@ def card(device: torch.device) -> Card:
     if device.type != "cuda":
         return Card(4, 99 * 1024, (8, 0))
     return _card(torch.cuda.current_device() if device.index is None else device.index)
+
+
+_thread = threading.local()
+
+
+def attend() -> None:
+    """Make this thread one that the card knows: a descriptor of a tensor cannot be made in any other.
+
+    Autograd's own threads are not, until they have launched something or have reserved memory from the driver.
+    """
+    if not INTERPRETED and not getattr(_thread, "attends", False):
+        torch.cuda.Event().record()
+        _thread.attends = True
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostinato.ops.kernels.triton import chunk_parts
-from ostinato.ops.kernels.triton.launch import INTERPRETED, card, dot_precision, power_of_two
+from ostinato.ops.kernels.triton.launch import INTERPRETED, attend, card, dot_precision, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_walk import enter
 
 SHORTEST_SEGMENT = 8
@@ -55,6 +55,7 @@ def described(tensors: tuple[Tensor | None, ...], rows: int, columns: int) -> tu
     """Sequences as the copy engine sees them: tiles of so many steps and columns of one head."""
 
     def describe(tensor: Tensor) -> TensorDescriptor:
+        attend()
         batch, time, heads, dim = tensor.shape
         return TensorDescriptor(tensor, [batch, time, heads * dim], [*tensor.stride()[:2], 1], [1, rows, columns])
 
