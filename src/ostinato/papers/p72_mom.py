@@ -72,22 +72,25 @@ def experiment(run: Run) -> list[Measured]:
     sizes = run.choose(
         smoke=(16, 16, 4, 8, 4, 4, 2, 8),
         cpu=(64, 32, 8, 64, 8, 32, 1000, 512),
-        gpu=(512, 256, 48, 64, 16, 64, 3000, 1024),
+        gpu=(512, 256, 48, 64, 16, 32, 1800, 1024),
     )
     size: dict[str, int] = dict(zip(names, sizes, strict=True))
     seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=3, gpu=3))]
     arms = run.choose(smoke=tuple(_ARMS), cpu=("one", "mom", "activated"), gpu=tuple(_ARMS))
     run.sizes.update({**size, "heads": 2, "layers": 2, "learning rate": _RATE, "seeds": seeds})
     run.sizes["arms"] = {name: _plan(name, size["head"], size["width"]) for name in arms}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for arm in arms:
-        # On a GPU the seeds are one batch; on a processor that would gain nothing, and be one long part.
-        for group in [seeds] if run.budget == "gpu" else [[seed] for seed in seeds]:
-            found.setdefault(arm, []).extend(run.part(f"{arm} seeds {group}", _train, arm, size, group, run))
-    lower = {}
-    if run.budget == "gpu":
-        for arm in _TWO_RATES:
-            lower[arm] = run.part(f"{arm} at {_LOWER_RATE:g} seeds {seeds}", _train, arm, size, seeds, run, _LOWER_RATE)
+    # On a GPU the seeds are one batch; on a processor that would gain nothing, and be one long part.
+    groups = [seeds] if run.budget == "gpu" else [[seed] for seed in seeds]
+    parts = {arm: [run.part(f"{arm} seeds {group}", _train, arm, size, group, run) for group in groups] for arm in arms}
+    lower = {
+        arm: run.part(f"{arm} at {_LOWER_RATE:g} seeds {seeds}", _train, arm, size, seeds, run, _LOWER_RATE)
+        for arm in _TWO_RATES
+        if run.budget == "gpu"
+    }
+    small = _small_arms(run, seeds)
+    exact: dict[str, float] = run.part("exact", _exactness, run.choose(smoke=20, cpu=64, gpu=256))
+    found = {arm: [one for group in values for one in group] for arm, values in parts.items()}
+    if lower:
         run.sizes["learning rate"] = f"{_RATE:g}; of {', '.join(_TWO_RATES)} also {_LOWER_RATE:g}"
     run.figure(
         f"Loss in training (mean of {len(seeds)} seeds)",
@@ -102,8 +105,7 @@ def experiment(run: Run) -> list[Measured]:
         x_label="step",
         y_label="cross-entropy (nats)",
     )
-    exact: dict[str, float] = run.part("exact", _exactness, run.choose(smoke=20, cpu=64, gpu=256))
-    rows = [*_judge(run, found, lower), *_ablations(run, seeds), *_loads(run, found), *_exact_rows(exact)]
+    rows = [*_judge(run, found, lower), *_ablations(run, small), *_loads(run, found), *_exact_rows(exact)]
     return [*rows, _unmeasured("large", _LARGE)]
 
 
@@ -169,18 +171,22 @@ def _train(arm: str, size: dict[str, int], seeds: list[int], run: Run, rate: flo
     return members
 
 
-def _ablations(run: Run, seeds: list[int]) -> list[Measured]:
-    """The number of memories and the weight of the balance loss, on a smaller task."""
+def _small_arms(run: Run, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """The number of memories and the weight of the balance loss, trained on a smaller task; not on a processor."""
     if run.budget == "cpu":
-        return [_unmeasured(key, _ON_GPU) for key in ("number", "weight")]
+        return {}
     names = ("vocabulary", "length", "pairs", "width", "head", "batch", "steps", "test")
-    sizes = run.choose(smoke=(16, 16, 4, 8, 4, 4, 1, 8), cpu=None, gpu=(64, 32, 8, 64, 8, 32, 2000, 1024))
+    sizes = run.choose(smoke=(16, 16, 4, 8, 4, 4, 1, 8), cpu=None, gpu=(64, 32, 8, 64, 8, 32, 1600, 1024))
     size = dict(zip(names, sizes, strict=True))
     run.sizes["ablations"] = {**size, "arms": {name: _plan(name, size["head"], size["width"]) for name in _SMALL}}
-    found = {
-        name: [one["accuracy"] for one in run.part(f"small {name} seeds {seeds}", _train, name, size, seeds, run)]
-        for name in _SMALL
-    }
+    return {name: run.part(f"small {name} seeds {seeds}", _train, name, size, seeds, run) for name in _SMALL}
+
+
+def _ablations(run: Run, trained: dict[str, list[dict[str, Any]]]) -> list[Measured]:
+    """What those arms recall."""
+    if not trained:
+        return [_unmeasured(key, _ON_GPU) for key in ("number", "weight")]
+    found = {name: [one["accuracy"] for one in members] for name, members in trained.items()}
     means = {name: mean(values) for name, values in found.items()}
     by_number = [means[name] for name in ("2 choose 1", "4 choose 2", "8 choose 4")]
     judge = run.budget != "smoke"
