@@ -56,6 +56,7 @@ VARIANTS = [
     ("liger", {"window": 4, "key_value_heads": 2, "recurrence": "gsa", "slots": 3, "qk_norm": True}),
     ("liger", {"window": 1, "gate": "none", "mix": 1.0, "rope": False}),
     ("liger", {"gate": "fresh"}),
+    ("liger", {"features": "learned", "window": 3}),
     ("linear_attention", {"normalize": True, "conv": 3, "output_norm": False}),
     ("linear_attention", {"feature_map": "identity"}),
     ("linear_attention", {"feature_map": "relu"}),

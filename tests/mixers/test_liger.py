@@ -90,6 +90,38 @@ def test_the_controls() -> None:
     torch.testing.assert_close(ungated(x)[0], ungated.to_output(read.flatten(-2)))
 
 
+@pytest.mark.parametrize("gate", ["pooled", "none"])
+def test_learned_features(gate: str) -> None:
+    x = torch.randn(1, 9, 16, dtype=torch.float64)
+    mixer = liger(mix=1.0, gate=gate, features="learned")
+    before = mixer(x)[0]
+    for weights in (mixer.query_features, mixer.key_features):
+        assert weights is not None and weights.shape == (HEADS, WIDTH, WIDTH)
+        weights.data += torch.randn_like(weights)
+    assert not torch.allclose(mixer(x)[0], before)
+    queries, keys, values = mixer.project(x)
+    out = x.new_zeros(9, HEADS, WIDTH)
+    for h in range(HEADS):
+        q, k, v = queries[0, :, h], keys[0, :, h // GROUPS], values[0, :, h // GROUPS]
+        u, w = q @ mixer.query_features[h], k @ mixer.key_features[h]
+        alpha = torch.sigmoid(k).pow(1 / 16) if gate == "pooled" else torch.ones_like(k)
+        memory = x.new_zeros(2 * WIDTH, WIDTH)
+        for t in range(9):
+            written = torch.outer(torch.cat([w[t], -w[t]]).softmax(0), v[t])
+            memory = torch.cat([alpha[t], alpha[t]])[:, None] * memory + written
+            out[t, h] = memory.T @ torch.cat([u[t], -u[t]]).softmax(0)
+    torch.testing.assert_close(mixer(x)[0], mixer.to_output(out.flatten(1))[None])
+
+
+def test_learned_features_start_as_the_identity() -> None:
+    made = Liger.from_softmax(Attention(16, key_value_heads=2).double(), features="learned")
+    assert {name for name, _ in made.named_parameters() if "features" in name} == {"query_features", "key_features"}
+    assert made.key_features is not None and made.key_features.dtype == torch.float64
+    assert torch.equal(made.key_features, torch.eye(4).double().expand(4, 4, 4))
+    assert made.initial_state(1).memory.shape == (1, 4, 8, 4)
+    assert Liger(16).key_features is None
+
+
 def test_the_recurrence_is_kept_in_float32_under_half_precision() -> None:
     mixer = Liger(16, window=4).bfloat16()
     y, state = mixer(torch.randn(1, 5, 16, dtype=torch.bfloat16))
@@ -102,6 +134,8 @@ def test_the_recurrence_is_kept_in_float32_under_half_precision() -> None:
         ({"recurrence": "lstm"}, "one of gla, hgrn2, gsa, got 'lstm'"),
         ({"gate": "open"}, "one of pooled, fresh, none, got 'open'"),
         ({"gate": "none", "recurrence": "gsa"}, "gsa writes 1 − α"),
+        ({"features": "exp"}, "one of softmax, learned, got 'exp'"),
+        ({"features": "learned", "recurrence": "hgrn2"}, "hgrn2 has no feature map"),
         ({"mix": 0.0}, r"attention\(window\)"),
         ({"slots": 0}, "slots at least 1"),
         ({"gate_normalizer": 0.0}, "must be positive"),

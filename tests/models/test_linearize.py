@@ -11,7 +11,7 @@ from ostinato.errors import ConfigurationError
 from ostinato.layers.lora import add_lora
 from ostinato.mixers.liger import Liger
 from ostinato.models.language import LanguageModel
-from ostinato.models.linearize import linearize
+from ostinato.models.linearize import added_parameters, linearize
 from ostinato.models.llama import from_llama
 
 transformers = pytest.importorskip("transformers")
@@ -119,6 +119,21 @@ def test_the_random_generator_is_left_alone_and_a_fresh_gate_is_the_only_new_par
     assert torch.equal(torch.rand(1), expected)
     fresh = linearize(source, gate="fresh")
     assert fresh.state_dict().keys() - source.state_dict().keys() == {"backbone.blocks.0.mixer.to_gate.weight"}
+    assert list(added_parameters(fresh)) == ["backbone.blocks.0.mixer.to_gate.weight"]
+
+
+def test_what_a_conversion_adds() -> None:
+    source = ours()
+    assert not added_parameters(linearize(source)) and not added_parameters(source)
+    mixer = "backbone.blocks.0.mixer"
+    features = {f"{mixer}.query_features", f"{mixer}.key_features"}
+    learned = linearize(source, features="learned")
+    assert set(added_parameters(learned)) == features and "features='learned'" in str(learned.backbone.plan)
+    assert set(added_parameters(linearize(source, "lolcats"))) == features | {f"{mixer}.window_factor"}
+    add_lora(learned)
+    assert set(added_parameters(learned)) == features  # an adapter is no part of the conversion
+    with pytest.raises(ConfigurationError, match="hgrn2 has no feature map"):
+        linearize(source, "hgrn2", features="learned")
 
 
 @pytest.mark.parametrize(

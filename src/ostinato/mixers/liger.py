@@ -1,6 +1,7 @@
 """Liger attention: softmax attention's own projections as a gated recurrence, averaged with a sliding window.
 
-Source: Liger (arXiv 2503.01496), section 3. The mixer has the parameters of `Attention` and no other.
+Source: Liger (arXiv 2503.01496), section 3. The mixer has the parameters of `Attention` and no other; but for two
+controls of section 4, a gate and a feature map that are learned anew.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from ostinato.mixers.attention import Attention, AttentionCache
 from ostinato.mixers.base import State, Traits
 from ostinato.mixers.gated_slot_attention import slot_attention
 from ostinato.mixers.heads import widened
+from ostinato.mixers.hedgehog import feature_weights, hedgehog
 from ostinato.ops.linear_attention import linear_attention
 
 RECURRENCES = ("gla", "hgrn2", "gsa")
 GATES = ("pooled", "fresh", "none")
+FEATURES = ("softmax", "learned")
 
 
 class LigerState(NamedTuple):
     """The memory of every head, and the cache of the window."""
 
     memory: Float[Tensor, "batch heads key_dim value_dim"]
-    """With slots: (batch, heads, slots, value_dim), the slots' values."""
+    """With slots: (batch, heads, slots, value_dim), the slots' values. Learned features: twice as many rows."""
     slot_keys: Float[Tensor, "batch heads slots key_dim"] | None
     window: AttentionCache
 
@@ -53,6 +56,9 @@ class Liger(Attention):
         gate_normalizer: τ.
         slots: m, for gsa.
         gate: "pooled", or a control: "fresh", u from a learned projection of x; "none", α = 1 (gla alone).
+        features: of q and k, for gla: "softmax", or a control: "learned", Hedgehog's softmax([x W, −x W]) with a matrix
+            W per head for q and one for k, the identity at first. The memory then has 2 head_dim rows, of which row
+            i and head_dim + i share a decay.
     """
 
     traits = Traits(
@@ -62,6 +68,7 @@ class Liger(Attention):
         linear=False,  # the memory is; the window is softmax attention
         paper="Liger (arXiv 2503.01496)",
     )
+    no_weight_decay = frozenset({"query_features", "key_features"})
 
     def __init__(
         self,
@@ -77,6 +84,7 @@ class Liger(Attention):
         rope: bool = True,
         base: float = 10000.0,
         qk_norm: bool = False,
+        features: str = "softmax",
     ) -> None:
         if window is None:
             raise ConfigurationError("the window of Liger attention is a number of steps; None is softmax attention")
@@ -87,6 +95,10 @@ class Liger(Attention):
             raise ConfigurationError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
         if gate == "none" and recurrence != "gla":
             raise ConfigurationError(f"{recurrence} writes 1 − α: without a gate it writes nothing; use recurrence=gla")
+        if features not in FEATURES:
+            raise ConfigurationError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
+        if features == "learned" and recurrence != "gla":
+            raise ConfigurationError(f"{recurrence} has no feature map of its keys to learn; use recurrence=gla")
         if not 0 < mix <= 1:
             raise ConfigurationError(
                 f"mix must be in (0, 1], got {mix}; without the recurrence it is attention(window)"
@@ -99,6 +111,9 @@ class Liger(Attention):
         self.slots, self.gate = slots, gate
         gates = slots if recurrence == "gsa" else self.head_dim
         self.to_gate = nn.Linear(d_model, self.key_value_heads * gates, bias=False) if gate == "fresh" else None
+        learned = features == "learned"
+        self.query_features = feature_weights(heads, self.head_dim) if learned else None
+        self.key_features = feature_weights(heads, self.head_dim) if learned else None
 
     @classmethod
     def from_softmax(
@@ -111,6 +126,7 @@ class Liger(Attention):
         gate_normalizer: float = 16.0,
         slots: int = 16,
         gate: str = "pooled",
+        features: str = "softmax",
     ) -> Liger:
         """Liger attention with the parameters of softmax attention: the same tensors, under the same names."""
         liger = cls(
@@ -126,16 +142,17 @@ class Liger(Attention):
             attention.rope,
             attention.base,
             attention.query_norm is not None,
+            features,
         )
+        liger.to(attention.to_key.weight)
         for name, part in attention.named_children():
             setattr(liger, name, part)
-        if liger.to_gate is not None:
-            liger.to_gate.to(attention.to_key.weight)
         return liger.train(attention.training)
 
     def initial_state(self, batch_size: int) -> LigerState:  # type: ignore[override]
         """Zeros, and an empty cache."""
-        width = (batch_size, self.heads, self.slots if self.recurrence == "gsa" else self.head_dim, self.head_dim)
+        rows = self.slots if self.recurrence == "gsa" else self.head_dim * (1 if self.key_features is None else 2)
+        width = (batch_size, self.heads, rows, self.head_dim)
         slot_keys = self.zeros(*width) if self.recurrence == "gsa" else None
         return LigerState(self.zeros(*width), slot_keys, super().initial_state(batch_size))
 
@@ -185,9 +202,12 @@ class Liger(Attention):
             slots = (state.slot_keys, state.memory)
             outputs, (slot_keys, slot_values) = slot_attention(queries, keys, values, log_decay, slots, reset)
             return outputs, slot_values, slot_keys
-        if self.recurrence == "gla":
-            keys = keys.softmax(-1)
-        outputs, memory = linear_attention(queries.softmax(-1), keys, values, log_decay, state.memory, reset=reset)
+        if self.query_features is not None and self.key_features is not None:
+            queries, keys = hedgehog(queries, self.query_features), hedgehog(keys, self.key_features)
+            log_decay = None if log_decay is None else torch.cat([log_decay, log_decay], dim=-1)
+        else:
+            queries, keys = queries.softmax(-1), keys.softmax(-1) if self.recurrence == "gla" else keys
+        outputs, memory = linear_attention(queries, keys, values, log_decay, state.memory, reset=reset)
         return outputs, memory, None
 
 

@@ -18,8 +18,9 @@ from ostinato.errors import ConfigurationError
 from ostinato.mixers.attention import Attention, AttentionCache
 from ostinato.mixers.base import State, Traits
 from ostinato.mixers.heads import widened
+from ostinato.mixers.hedgehog import feature_weights, hedgehog
 from ostinato.ops.attention import AttentionState, attention
-from ostinato.ops.checks import own_precision
+from ostinato.ops.checks import accumulation_dtype, own_precision
 from ostinato.ops.linear_attention import linear_attention
 
 
@@ -39,7 +40,8 @@ class LoLCATs(Attention):
 
     q and k are rotated to their positions in both. φ_q and φ_k have a matrix W per head of queries, the identity at
     first; γ = σ(g) is learned per head, g = 0 at first. Keys and values are repeated for the heads that share them.
-    All but the projections is computed in float32 at least.
+    Scores, exponentials, features, sums and the memory are in float32 at least; where the projections are in bfloat16
+    (autocast's too), the features are rounded to it for their products, as the values are.
 
     Args:
         d_model, heads, key_value_heads, rope, base, qk_norm: as `Attention`'s.
@@ -68,9 +70,8 @@ class LoLCATs(Attention):
         if window is None:
             raise ConfigurationError("the window of LoLCATs is a number of steps; None is softmax attention")
         super().__init__(d_model, heads, key_value_heads, window, rope, base, qk_norm)
-        identity = torch.eye(self.head_dim).expand(heads, -1, -1)
-        self.query_features = nn.Parameter(identity.clone())
-        self.key_features = nn.Parameter(identity.clone())
+        self.query_features = feature_weights(heads, self.head_dim)
+        self.key_features = feature_weights(heads, self.head_dim)
         self.window_factor = nn.Parameter(torch.zeros(heads))
 
     def initial_state(self, batch_size: int) -> LolcatsState:  # type: ignore[override]
@@ -94,6 +95,8 @@ class LoLCATs(Attention):
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], LolcatsState]:
         """o at every step, and the state after the last."""
         queries, keys, following = self.place(queries, keys, state.window.position, reset)
+        # float16 has no room for sums over thousands of steps.
+        product = torch.bfloat16 if queries.dtype == torch.bfloat16 else accumulation_dtype(queries.dtype)
         # An entry of ones beside the values gathers the weights' sum.
         queries, keys, values = widened(queries), widened(keys), with_ones(widened(values))
         held = AttentionState(widened(state.window.keys), with_ones(widened(state.window.values)), state.window.valid)
@@ -101,9 +104,9 @@ class LoLCATs(Attention):
         lost_keys, lost_values, again = self._lost(keys, values, held, reset)
         far, memory = linear_attention(
             # One step more: what the window loses at the last step is remembered before the next.
-            F.pad(self._features(queries, self.query_features), (0, 0, 0, 0, 0, 1)),
-            self._features(self._shared(lost_keys), self.key_features),
-            self._shared(lost_values),
+            F.pad(hedgehog(queries, self.query_features).to(product), (0, 0, 0, 0, 0, 1)),
+            hedgehog(self._shared(lost_keys), self.key_features).to(product),
+            self._shared(lost_values.to(product)),
             None,
             torch.cat([state.memory, state.normalizer.unsqueeze(-1)], dim=-1),
             reset=again,
@@ -117,11 +120,6 @@ class LoLCATs(Attention):
     def _shared(self, x: Tensor) -> Tensor:
         """(batch, time, kv_heads, …) repeated for the heads that share it."""
         return x.repeat_interleave(self.heads // self.key_value_heads, dim=2)
-
-    def _features(self, x: Float[Tensor, "batch time heads dim"], weight: Tensor) -> Tensor:
-        """φ, (batch, time, heads, 2 dim)."""
-        turned = torch.einsum("bthd,hde->bthe", x, widened(weight))
-        return torch.cat([turned, -turned], dim=-1).softmax(-1)
 
     def _lost(
         self, keys: Tensor, values: Tensor, held: AttentionState, reset: Tensor | None
@@ -149,7 +147,10 @@ def with_ones(x: Float[Tensor, "*axes dim"]) -> Float[Tensor, "*axes longer"]:
 
 
 def exponentials(scores: Float[Tensor, "*axes keys"], visible: Bool[Tensor, "*#axes keys"]) -> Tensor:
-    """exp(score − the largest visible one) at the visible keys: softmax before it is divided by its sum."""
+    """exp(score − the largest visible one) at the visible keys: softmax before it is divided by its sum.
+
+    As a `Weight` of `ostinato.ops.attention`, which does not look at what it gives to other keys.
+    """
     masked = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     # Whatever is taken off cancels in a softmax, but not here, beside other weights: its derivative counts.
-    return torch.exp(masked - masked.amax(-1, keepdim=True)).masked_fill(~visible, 0)
+    return torch.exp(masked - masked.amax(-1, keepdim=True))
