@@ -69,19 +69,14 @@ class RecallStream(GeneratedTask):
         asks[:, 0] = False
         fresh = rng.integers(0, self.values, (rows, pairs))
         back = rng.random((rows, pairs))
-        row = np.arange(rows)
-        held = np.zeros((rows, self.keys), dtype=np.int64)
-        written = np.zeros(rows, dtype=np.int64)
-        inputs = np.empty((rows, 2 * pairs), dtype=np.int64)
-        for p in range(pairs):
-            known = np.minimum(written, self.keys if recent is None else recent)
-            ago = (back[:, p] * known).astype(np.int64)
-            place = np.where(asks[:, p], written - 1 - ago, written)
-            key = order[row, place % self.keys]
-            value = np.where(asks[:, p], held[row, key], fresh[:, p])
-            held[row, key] = value
-            written += ~asks[:, p]
-            inputs[:, 2 * p], inputs[:, 2 * p + 1] = key, self.keys + value
+        written = np.cumsum(~asks, axis=1) - ~asks  # before the pair
+        known = np.minimum(written, self.keys if recent is None else recent)
+        # Which write the pair is, or asks for: one of the last `keys`, so the last one of its key.
+        write = np.where(asks, written - 1 - (back * known).astype(np.int64), written)
+        key = np.take_along_axis(order, write % self.keys, axis=1)
+        pair_of = np.argsort(asks, axis=1, kind="stable")  # the writes in the order of time, then the queries
+        value = np.take_along_axis(fresh, np.take_along_axis(pair_of, write, axis=1), axis=1)
+        inputs = np.stack([key, self.keys + value], axis=2).reshape(rows, 2 * pairs)
         targets = np.zeros_like(inputs)
         targets[:, ::2] = inputs[:, 1::2]
         mask = np.zeros(inputs.shape, dtype=bool)
