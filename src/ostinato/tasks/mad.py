@@ -1,8 +1,8 @@
 """Recall in context among noise, of keys and values of several tokens, and of facts learned in training (MAD).
 
 Three of the six tasks of mechanistic architecture design; selective copying is `selective_copying`, the plain recall is
-`context_recall` without noise, and the sixth, compression, needs a decoder of its own. Answers alone are scored, in
-training too; the authors train on every next token.
+`context_recall` without noise, and the sixth, which needs a decoder of its own, is `tasks.compression`. Answers alone
+are scored, in training too; the authors train on every next token.
 
 Source: Poli et al. 2024 (arXiv 2403.17844), section 3 and the authors' settings.
 """

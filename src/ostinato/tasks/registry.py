@@ -34,6 +34,7 @@ _BUILT_IN = {
     "parity": "arithmetic:Parity",
     "passkey": "passkey:Passkey",
     "recall_stream": "recall_stream:RecallStream",
+    "regbench": "regbench:RegBench",
     "regular_language": "regular:RegularLanguage",
     "selectivbench": "selectivity:SelectivBench",
     "selective_copying": "copying:SelectiveCopying",
