@@ -30,16 +30,14 @@ from ostinato.mixers.registry import mixer
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.papers.stuffed_mamba_sweeps import (
+    Sweeps,
     bins_of,
     builder,
     continual_steps,
-    course,
     listed,
-    others,
-    recall_law,
     state_dim_of,
-    sweep,
     trained,
+    unswept,
 )
 from ostinato.report import Series
 from ostinato.tasks.passkey import Passkey
@@ -82,12 +80,14 @@ def experiment(run: Run) -> list[Measured]:
         | {"learning rate": 4e-3, "steps": steps, "seeds": seeds, "keys": 24, "values": 16, "tested": bins_of(run)}
         | {"continual": f"{continual_steps(run)} steps at length 512, learning rate 1.5e-3"}
     )
-    found = {seed: run.part(f"stream {seed}", _stream, steps, seed, run) for seed in seeds}
-    rows = _judge_stream(run, list(found.values()))
-    rows += _exact(run, [one["difference"] for one in found.values()])
-    rows += _passkey(run, seeds)
-    rows += course(run, seeds, list(found.values())) + sweep(run, seeds)
-    rows += others(run, seeds, list(found.values())) + recall_law(run, seeds)
+    found = [run.part(f"stream {seed}", _stream, steps, seed, run) for seed in seeds]
+    passkeys = _passkey_parts(run, seeds)
+    # Every part before any value: parts may be computed side by side.
+    swept = Sweeps(run, seeds) if run.budget == "gpu" else None
+    rows = _judge_stream(run, found)
+    rows += _exact(run, [one["difference"] for one in found])
+    rows += _judge_passkey(run, passkeys)
+    rows += swept.rows(found) if swept else unswept()
     rows.append(Measured("released", "not measured", None, "the checkpoints are not to be had offline"))
     return rows
 
@@ -101,7 +101,7 @@ def _continued(model: Any, task: Any, steps: int, seed: int, run: Run) -> Any:
 def _stream(steps: int, seed: int, run: Run) -> dict[str, Any]:
     """One seed: trained, mended in every way, trained on. Of every arm [loss, accuracy] in each bin."""
     bins = bins_of(run)
-    task = RecallStream(tested_lengths=(bins[-1],), test_size=run.choose(smoke=4, cpu=32, gpu=256))
+    task = RecallStream(tested_lengths=(bins[-1],), test_size=run.choose(smoke=4, cpu=16, gpu=256))
     batches = list(task.test_batches())
     (model,) = trained(task, builder(run, task.vocab_size, state_dim_of(run)), steps, [seed], run)
 
@@ -307,11 +307,14 @@ def _exact(run: Run, differences: list[float]) -> list[Measured]:
     ]
 
 
-def _passkey(run: Run, seeds: list[int]) -> list[Measured]:
+def _passkey_parts(run: Run, seeds: list[int]) -> list[dict[str, Any]]:
     steps = run.choose(smoke=2, cpu=1200, gpu=3000)
     seeds = seeds[: run.choose(smoke=1, cpu=1, gpu=3)]
     run.sizes.update({"passkey steps": steps, "passkey seeds": seeds, "passkey wording": "marks, 5 digits"})
-    found = [run.part(f"passkey {seed}", _train_passkey, steps, seed, run) for seed in seeds]
+    return [run.part(f"passkey {seed}", _train_passkey, steps, seed, run) for seed in seeds]
+
+
+def _judge_passkey(run: Run, found: list[dict[str, Any]]) -> list[Measured]:
     lengths = found[0]["lengths"]
     run.figure(
         f"Passkey, trained on 64 tokens (mean of {len(found)} seeds)",

@@ -23,9 +23,13 @@ _OTHERS = {
     "HGRN2": "hgrn2(heads=1)*2",
     "Mamba-1": "mamba(d_state=16)*2",
     "RWKV-6": "rwkv6(heads=1)*2",
-    "GLA": "gla(heads=1, expand_k=1, conv=4)*2",
-    "Gated DeltaNet": "gated_delta_net(heads=1, expand_k=1, expand_v=1)*2",
 }
+_ENDS = (200, 400, 800)
+"""Steps after which training ends, besides the whole."""
+_STATES, _LENGTHS, _STEPS = (16, 32, 64, 128), (32, 64, 128, 256), 1000
+"""The sweep over sizes of state and trained lengths."""
+_SMALL_STATES, _CONTEXTS, _PASSKEY_STEPS = (8, 16, 32, 64), (64, 128, 256, 512, 1024, 2048), 2000
+"""The sweep over the reach of a passkey."""
 
 
 def state_dim_of(run: Run) -> int:
@@ -63,23 +67,55 @@ def listed(values: list[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 
-def course(run: Run, seeds: list[int], found: list[dict[str, Any]]) -> list[Measured]:
+class Sweeps:
+    """All the sweeps' parts; `rows` judges them."""
+
+    def __init__(self, run: Run, seeds: list[int]) -> None:
+        self.run, self.seeds = run, seeds
+        self.course = {end: run.part(f"course {end}", _until, end, seeds, run) for end in _ENDS}
+        self.cells = {
+            (n, length): run.part(f"sweep {n} {length}", _until, _STEPS, seeds, run, n, length)
+            for n in _STATES
+            for length in _LENGTHS
+        }
+        self.others = {
+            name: run.part(f"others {name}", _other, plan, 1400, seeds, run) for name, plan in _OTHERS.items()
+        }
+        self.reach = {
+            n: run.part(f"capacity {n}", _capacity, n, _CONTEXTS, _PASSKEY_STEPS, seeds, run) for n in _SMALL_STATES
+        }
+        run.sizes["sweep"] = f"state dim {_STATES}, trained length {_LENGTHS}, {_STEPS} steps of 1280 tokens"
+        run.sizes["others"] = _OTHERS
+        run.sizes["recall law"] = f"state dim {_SMALL_STATES}, passkeys at 256 tokens, {_PASSKEY_STEPS} steps of 20"
+
+    def rows(self, found: list[dict[str, Any]]) -> list[Measured]:
+        """The judgements; `found` are the streams of the model that the sweeps vary."""
+        return [
+            _course_row(self.course, found),
+            _law_row(self.run, self.cells),
+            _others_row(self.run, self.others, found),
+            _recall_row(self.run, self.reach),
+        ]
+
+
+def unswept() -> list[Measured]:
+    """The rows of the other budgets."""
+    why = dict.fromkeys(("time course", "law", "others", "recall law"), "trained in the gpu budget")
+    why["law"] += ": sixteen sizes, three seeds each"
+    return [Measured(key, "not measured", None, reason) for key, reason in why.items()]
+
+
+def _course_row(parts: dict[int, list[list[float]]], found: list[dict[str, Any]]) -> Measured:
     """Earlier ends of training, each with a schedule of its own."""
-    if run.budget != "gpu":
-        return [Measured("time course", "not measured", None, "trained in the gpu budget")]
-    ends = (200, 400, 800)
-    measured = {end: run.part(f"course {end}", _until, end, seeds, run) for end in ends}
-    measured[1400] = [[one["arms"]["as trained"][0][1], one["arms"]["as trained"][-1][1]] for one in found]
+    measured = {**parts, 1400: [[one["arms"]["as trained"][0][1], one["arms"]["as trained"][-1][1]] for one in found]}
     within = [mean(pair[0] for pair in measured[end]) for end in measured]
     far = [mean(pair[1] for pair in measured[end]) for end in measured]
-    return [
-        Measured(
-            "time course",
-            ours=f"accuracy within {listed(within)}; far {listed(far)}",
-            holds=within[-1] > within[0] and far[-1] < max(far) - 0.02,
-            note=f"after {', '.join(map(str, measured))} steps, {len(seeds)} seeds; asked: a fall of 0.02 beyond",
-        )
-    ]
+    return Measured(
+        "time course",
+        ours=f"accuracy within {listed(within)}; far {listed(far)}",
+        holds=within[-1] > within[0] and far[-1] < max(far) - 0.02,
+        note=f"after {', '.join(map(str, measured))} steps, {len(found)} seeds; asked: a fall of 0.02 beyond",
+    )
 
 
 def _until(steps: int, seeds: list[int], run: Run, state_dim: int = 64, length: int = 64) -> list[list[float]]:
@@ -95,18 +131,14 @@ def _until(steps: int, seeds: list[int], run: Run, state_dim: int = 64, length: 
     return pairs
 
 
-def sweep(run: Run, seeds: list[int]) -> list[Measured]:
+def _law_row(run: Run, cells: dict[tuple[int, int], list[list[float]]]) -> Measured:
     """B: the smallest trained length from which the loss far beyond stays within twice that inside."""
-    if run.budget != "gpu":
-        return [Measured("law", "not measured", None, "trained in the gpu budget: sixteen sizes, three seeds each")]
-    sizes, lengths, steps = (16, 32, 64, 128), (32, 64, 128, 256), 1000
-    run.sizes.update({"sweep": f"state dim {sizes}, trained length {lengths}, {steps} steps of 1280 tokens"})
+    sizes, lengths = _STATES, _LENGTHS
     learned, ratios = [], {}
     for state_dim in sizes:
         smallest = None
         for length in lengths:
-            cell = run.part(f"sweep {state_dim} {length}", _until, steps, seeds, run, state_dim, length)
-            within, far = (mean(values[i] for values in cell) for i in (2, 3))
+            within, far = (mean(values[i] for values in cells[state_dim, length]) for i in (2, 3))
             ratios[state_dim, length] = far / within
             exploded = explodes_at([within, far], [length, 1024], length)
             if exploded is None and smallest is None:
@@ -122,43 +154,35 @@ def sweep(run: Run, seeds: list[int]) -> list[Measured]:
         log_y=True,
         levels={"learned to forget": 2.0},
     )
-    return [
-        Measured(
-            "law",
-            ours=", ".join(f"N = {n}: {length or 'none'}" for n, length in zip(sizes, learned, strict=True)),
-            holds=order == sorted(order) and order[-1] > order[0] if len(set(order)) > 1 else None,
-            note="ratios "
-            + "; ".join(f"N = {n}: {', '.join(f'{ratios[n, length]:.1f}' for length in lengths)}" for n in sizes)
-            + "; with 24 keys a stream of 128 tokens writes some of them twice, whatever the state",
-        )
-    ]
+    return Measured(
+        "law",
+        ours=", ".join(f"N = {n}: {length or 'none'}" for n, length in zip(sizes, learned, strict=True)),
+        holds=order == sorted(order) and order[-1] > order[0] if len(set(order)) > 1 else None,
+        note="ratios "
+        + "; ".join(f"N = {n}: {', '.join(f'{ratios[n, length]:.1f}' for length in lengths)}" for n in sizes)
+        + "; with 24 keys a stream of 128 tokens writes some of them twice, whatever the state",
+    )
 
 
-def others(run: Run, seeds: list[int], found: list[dict[str, Any]]) -> list[Measured]:
+def _others_row(run: Run, parts: dict[str, list[list[float]]], found: list[dict[str, Any]]) -> Measured:
     """The same stream read by other linear mixers, trained as Mamba-2 was."""
-    if run.budget != "gpu":
-        return [Measured("others", "not measured", None, "trained in the gpu budget")]
-    run.sizes["others"] = _OTHERS
-    cells = {name: run.part(f"others {name}", _other, plan, 1400, seeds, run) for name, plan in _OTHERS.items()}
     mamba2 = [one["arms"]["as trained"] for one in found]
-    cells = {"Mamba-2": [[one[0][0], one[-1][0], one[0][1], one[-1][1]] for one in mamba2], **cells}
+    cells = {"Mamba-2": [[one[0][0], one[-1][0], one[0][1], one[-1][1]] for one in mamba2], **parts}
     loss = {name: (mean(one[0] for one in cell), mean(one[1] for one in cell)) for name, cell in cells.items()}
     right = {name: (mean(one[2] for one in cell), mean(one[3] for one in cell)) for name, cell in cells.items()}
     learned = all(right[name][0] >= 0.9 for name in ("HGRN2", "Mamba-1", "RWKV-6"))
     likewise = all(loss[name][1] >= 3 * loss[name][0] for name in ("HGRN2", "Mamba-1"))
     less = loss["RWKV-6"][1] < min(loss[name][1] for name in ("Mamba-2", "HGRN2", "Mamba-1"))
     bins = bins_of(run)
-    return [
-        Measured(
-            "others",
-            ours="; ".join(f"{name} {near:.3f} → {far:.2f}" for name, (near, far) in loss.items()),
-            holds=likewise and less if learned else None,
-            note=f"loss within 64 tokens → at {bins[-2]}–{bins[-1]}, mean of {len(seeds)} seeds; accuracy "
-            + "; ".join(f"{name} {near:.2f} → {far:.2f}" for name, (near, far) in right.items())
-            + "; asked: 3 times the loss for the two, RWKV-6 below all three; says nothing if one has not learned the "
-            "task (0.9 within)",
-        )
-    ]
+    return Measured(
+        "others",
+        ours="; ".join(f"{name} {near:.3f} → {far:.2f}" for name, (near, far) in loss.items()),
+        holds=likewise and less if learned else None,
+        note=f"loss within 64 tokens → at {bins[-2]}–{bins[-1]}, mean of {len(found)} seeds; accuracy "
+        + "; ".join(f"{name} {near:.2f} → {far:.2f}" for name, (near, far) in right.items())
+        + "; asked: 3 times the loss for the two, RWKV-6 below all three; says nothing if one has not learned the "
+        "task (0.9 within)",
+    )
 
 
 def _other(plan: str, steps: int, seeds: list[int], run: Run) -> list[list[float]]:
@@ -175,35 +199,28 @@ def _other(plan: str, steps: int, seeds: list[int], run: Run) -> list[list[float
     return pairs
 
 
-def recall_law(run: Run, seeds: list[int]) -> list[Measured]:
+def _recall_row(run: Run, cells: dict[int, list[list[float]]]) -> Measured:
     """The longest passkey context by the size of the state, trained on four times the length."""
-    if run.budget != "gpu":
-        return [Measured("recall law", "not measured", None, "trained in the gpu budget")]
-    sizes, lengths, steps = (8, 16, 32, 64), (64, 128, 256, 512, 1024, 2048), 2000
-    run.sizes["recall law"] = f"state dim {sizes}, passkeys at 256 tokens, {steps} steps of 20"
-    cells = {n: run.part(f"capacity {n}", _capacity, n, lengths, steps, seeds, run) for n in sizes}
+    lengths = _CONTEXTS
     reach = {n: [capacity(lengths, one) for one in cell] for n, cell in cells.items()}
     means = [mean(values) for values in reach.values()]
     run.figure(
-        f"Passkey by the size of the state, trained on 256 tokens (mean of {len(seeds)} seeds)",
+        f"Passkey by the size of the state, trained on 256 tokens (mean of {len(cells[8])} seeds)",
         [Series(f"N = {n}", list(lengths), [mean(at) for at in zip(*cell, strict=True)]) for n, cell in cells.items()],
         x_label="length",
         y_label="all five digits right",
         log_x=True,
     )
-    return [
-        Measured(
-            "recall law",
-            ours="; ".join(f"N = {n}: {', '.join(map(str, values))}" for n, values in reach.items()),
-            holds=means == sorted(means) and means[-1] > means[0] if len(set(means)) > 1 else None,
-            note=f"tokens, by seed, of {', '.join(map(str, lengths))}; accuracy at each, means: "
-            + "; ".join(
-                f"N = {n}: " + ", ".join(f"{mean(at):.2f}" for at in zip(*cell, strict=True))
-                for n, cell in cells.items()
-            )
-            + "; asked: the means over seeds rise with N",
+    return Measured(
+        "recall law",
+        ours="; ".join(f"N = {n}: {', '.join(map(str, values))}" for n, values in reach.items()),
+        holds=means == sorted(means) and means[-1] > means[0] if len(set(means)) > 1 else None,
+        note=f"tokens, by seed, of {', '.join(map(str, lengths))}; accuracy at each, means: "
+        + "; ".join(
+            f"N = {n}: " + ", ".join(f"{mean(at):.2f}" for at in zip(*cell, strict=True)) for n, cell in cells.items()
         )
-    ]
+        + "; asked: the means over seeds rise with N",
+    )
 
 
 def _capacity(state_dim: int, lengths: tuple[int, ...], steps: int, seeds: list[int], run: Run) -> list[list[float]]:

@@ -69,7 +69,7 @@ class RecallStream(GeneratedTask):
         asks[:, 0] = False
         fresh = rng.integers(0, self.values, (rows, pairs))
         back = rng.random((rows, pairs))
-        written = np.cumsum(~asks, axis=1) - ~asks  # before the pair
+        written: np.ndarray = np.cumsum(~asks, axis=1) - ~asks  # before the pair
         known = np.minimum(written, self.keys if recent is None else recent)
         # Which write the pair is, or asks for: one of the last `keys`, so the last one of its key.
         write = np.where(asks, written - 1 - (back * known).astype(np.int64), written)
