@@ -4,8 +4,8 @@ A sequence holds the words of one automaton, and no two sequences have the same 
 from the words before. Scored is every symbol but a word's end, which depends on nothing.
 
 Source: Akyürek et al. 2024, In-Context Language Learning (arXiv 2401.12973), section 3, and the authors' generator
-with its ranges (it leaves upper bounds out). It also minimises the automata and sorts out equal ones: the first changes no
-word's probability, the second hardly ever happens.
+with its ranges (it leaves upper bounds out). It also minimises the automata and sorts out equal ones: the first changes
+no word's probability, the second hardly ever happens.
 """
 
 from __future__ import annotations
