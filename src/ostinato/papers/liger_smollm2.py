@@ -8,8 +8,8 @@ What pretraining saw of either is not known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from statistics import mean
 from typing import Any
@@ -18,20 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ostinato.state
 from ostinato.errors import OstinatoError
 from ostinato.layers.lora import add_lora
-from ostinato.mixers.attention import AttentionCache
 from ostinato.models import gguf
-from ostinato.models.captured import CapturedStep
-from ostinato.models.fixed_cache import FixedCacheDecoder
-from ostinato.models.language import LanguageModel, LanguageState
+from ostinato.models.language import LanguageModel
 from ostinato.models.linearize import linearize
 from ostinato.models.llama import from_gguf
+from ostinato.papers import liger_decoding
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
 from ostinato.tasks.text import Text, find_text
-from ostinato.timing import time_together
 from ostinato.training.attention_transfer import transfer_attention
 from ostinato.training.fit import fit
 
@@ -45,7 +41,6 @@ claims = (
 ARMS: dict[str, dict[str, Any] | None] = {
     "original": None,
     "Liger-GLA": {},
-    "Liger-HGRN2": {"recurrence": "hgrn2"},
     "window alone": {"recurrence": None},
     "LoLCATs": {"recurrence": "lolcats"},
 }
@@ -55,18 +50,27 @@ _BOUNDS = (0, 64, 256, 1024, 2048, 4096)
 """Of the positions whose losses are averaged."""
 
 
-def measure(run: Run) -> list[Measured]:
-    """Bits per byte before, right after conversion and after LoRA; decoding. `not measured` without the weights."""
-    reason = missing(run.budget)
-    if reason is not None:
-        return [Measured(claim.key, "not measured", None, reason) for claim in claims]
-    updates = run.choose(smoke=2, cpu=0, gpu=100)
+@dataclass
+class Gathered:
+    """What the parts found; which are pending where others compute them."""
+
+    converted: dict[str, dict[str, Any]]
+    """The scores of an arm without an update."""
+    adapted: dict[str, list[dict[str, Any]]]
+    """And after them, for every seed; empty where the budget has none."""
+    speeds: liger_decoding.Speeds
+
+
+def gather(run: Run) -> Gathered | None:
+    """All parts of this budget; None where nothing is measured."""
+    if missing(run.budget) is not None:
+        return None
+    updates = run.choose(smoke=2, cpu=0, gpu=64)
     batch, length = run.choose(smoke=2, cpu=0, gpu=8), run.choose(smoke=24, cpu=512, gpu=1024)
-    pieces = run.choose(smoke=2, cpu=2, gpu=64)
-    far = run.choose(smoke=(48, 1), cpu=(1024, 1), gpu=(4096, 12))
+    pieces = run.choose(smoke=2, cpu=2, gpu=32)
+    far = run.choose(smoke=(48, 1), cpu=(1024, 1), gpu=(4096, 8))
     seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=1, gpu=3))]
     contexts = run.choose(smoke=[16, 32], cpu=[512, 1024], gpu=[1024, 4096, 16384, 65536])
-    arms = [name for name in ARMS if run.budget != "cpu" or name != "Liger-HGRN2"]
     run.sizes |= {
         "SmolLM2: text": f"{find_text()[0]}, its last tenth (by bytes) held out; Python's documentation beside it",
         "SmolLM2: scored": f"{pieces} pieces of {length} tokens of each text, read from their beginnings, in float32; "
@@ -77,21 +81,34 @@ def measure(run: Run) -> list[Measured]:
         "SmolLM2: seeds": f"{len(seeds)} of {', '.join(_COMPARED)}; 1 of the others",
     }
     sizes = (length, pieces, *far)
-    converted = {name: run.part(f"real converted {name}", _converted, name, *sizes) for name in arms}
-    adapted: dict[str, list[dict[str, Any]]] = {}
-    if updates:
-        adapted = {
-            name: [
-                run.part(f"real adapted {name} {seed}", _adapted, name, updates, batch, seed, *sizes)
-                for seed in (seeds if name in _COMPARED else seeds[:1])
-            ]
-            for name in arms
-        }
-    speed = run.part(
-        "real decoding", _decoding, contexts, run.choose(smoke=2, cpu=8, gpu=16), [1, 8] if _device() == "cuda" else [1]
+    converted = {name: run.part(f"real converted {name}", _converted, name, *sizes) for name in ARMS}
+    adapted = {
+        name: [
+            run.part(f"real adapted {name} {seed}", _adapted, name, updates, batch, seed, *sizes)
+            for seed in (seeds if name in _COMPARED else seeds[:1])
+        ]
+        for name in ARMS
+        if updates
+    }
+    return Gathered(converted, adapted, liger_decoding.gather(run, _made, contexts, run.choose(smoke=2, cpu=8, gpu=8)))
+
+
+def measure(run: Run, found: Gathered | None) -> list[Measured]:
+    """Bits per byte before, right after conversion and after LoRA; decoding. `not measured` without the weights."""
+    if found is None:
+        reason = missing(run.budget)
+        return [Measured(claim.key, "not measured", None, str(reason)) for claim in claims]
+    last = {name: each[0] for name, each in found.adapted.items()} or found.converted
+    middles = [math.sqrt(max(1, start) * stop) for start, stop in pairwise(_BOUNDS)]
+    run.figure(
+        "SmolLM2-135M, nats per token by position" + (", after LoRA" if found.adapted else ", converted"),
+        [Series(name, middles[: len(each["by position"])], each["by position"]) for name, each in last.items()],
+        x_label="position in the text",
+        y_label="nats per token",
+        log_x=True,
     )
-    _figures(run, converted, adapted, contexts, speed)
-    rows = [*_quality(converted, adapted), _speed(contexts, speed)]
+    liger_decoding.figure(run, found.speeds)
+    rows = [*_quality(found.converted, found.adapted), liger_decoding.row("real decoding", found.speeds)]
     if run.budget != "gpu":
         rows = [Measured(row.key, row.ours, None, f"{row.note}. The gpu budget tells") for row in rows]
     return rows
@@ -168,7 +185,8 @@ def _nats(model: LanguageModel, rows: Tensor) -> Tensor:
     for part in rows.split(max(1, 16384 // rows.shape[1]) if _device() == "cuda" else 1):
         part = part.to(model.device)
         logits, _ = model(part[:, :-1])
-        found.append(F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none").cpu())
+        nats = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        found.append(nats.view(len(part), -1).cpu())
     return torch.cat(found)
 
 
@@ -200,113 +218,6 @@ def _adapted(name: str, updates: int, batch: int, seed: int, *sizes: int) -> dic
         evaluation_batches=1,
     )
     return _scores(model, *sizes)
-
-
-def _decoding(contexts: list[int], steps: int, batches: list[int]) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second (of all rows together) and bytes of state at each context.
-
-    The original with its own growing state, and with a cache of the context's capacity written in place; Liger-GLA
-    after reading so many tokens. On a GPU in bfloat16, the last two as CUDA graphs too, and for larger batches as those
-    alone. The caches are filled at random: a step takes as long whatever they hold.
-    """
-    dtype = torch.bfloat16 if _device() == "cuda" else torch.float32
-    original, liger = (_made(name).to(_device(), dtype) for name in ("original", "Liger-GLA"))
-    found: dict[str, dict[str, list[float]]] = {"tokens/s": {}, "bytes": {}}
-    for context in contexts:
-        for batch in batches:
-            rates, sizes = _decoded(original, liger, context, batch, steps)
-            for what, values in (("tokens/s", rates), ("bytes", sizes)):
-                for name, value in values.items():
-                    found[what].setdefault(name if batch == 1 else f"{name}, batch {batch}", []).append(value)
-    return found
-
-
-@torch.no_grad()
-def _decoded(
-    original: LanguageModel, liger: LanguageModel, context: int, batch: int, steps: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Tokens a second, and bytes of state, by name."""
-    device = original.device
-    token = torch.zeros(batch, dtype=torch.long, device=device)
-    decoder, state = FixedCacheDecoder(original, context), _read(liger, context, batch)
-    cache = decoder.initial_state(batch)
-    for part in (*cache.keys, *cache.values):
-        part.normal_()
-    cache.filled.fill_(context)
-
-    def walk(model: Any, state: Any) -> None:
-        for _ in range(steps):
-            _, state = model.step(token, state)
-
-    calls: dict[str, Callable[[], None]] = {}
-    sizes: dict[str, float] = {
-        "original, fixed cache": ostinato.state.num_bytes((cache.keys, cache.values)),
-        "Liger-GLA": ostinato.state.num_bytes(state.layers),
-    }
-    if batch == 1:
-        grown = _filled(original, context)
-        sizes["original, its own state"] = ostinato.state.num_bytes(grown.layers)
-        calls["original, its own state"] = lambda: walk(original, grown)
-        calls["original, fixed cache"] = lambda: walk(decoder, cache)
-        calls["Liger-GLA"] = lambda: walk(liger, state)
-    if device.type == "cuda":
-        graphs = {"original, fixed cache": CapturedStep(decoder, cache), "Liger-GLA": CapturedStep(liger, state)}
-
-        def replay(graph: CapturedStep) -> None:
-            for _ in range(steps):
-                graph(token)
-
-        calls |= {f"{name}, graph": partial(replay, graph) for name, graph in graphs.items()}
-    times = time_together(calls, rounds=3, warm_up=1, device=device)
-    return {name: steps * batch / timing.median for name, timing in times.items()}, sizes
-
-
-def _filled(model: LanguageModel, context: int) -> LanguageState:
-    """A state of full attention after `context` steps, filled at random."""
-    empty = model.initial_state(1)
-    layers = []
-    for cache in empty.layers:
-        keys, values = (x.new_empty(1, context, *x.shape[2:]).normal_() for x in (cache.keys, cache.values))
-        valid = torch.ones(1, context, dtype=torch.bool, device=keys.device)
-        layers.append(AttentionCache(keys, values, valid, torch.full_like(cache.position, context)))
-    return LanguageState(tuple(layers), empty.output)
-
-
-@torch.no_grad()
-def _read(model: LanguageModel, context: int, batch: int = 1) -> LanguageState:
-    """The state after `context` random tokens, the same in every row."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.vocab_size, (1, context), generator=generator).to(model.device)
-    state = model.initial_state(1)
-    for part in tokens.split(2048, dim=1):
-        _, state = model._hidden(part, state)
-    return ostinato.state.clone(ostinato.state.select(state, [0] * batch))
-
-
-def _figures(
-    run: Run,
-    converted: dict[str, dict[str, Any]],
-    adapted: dict[str, list[dict[str, Any]]],
-    contexts: list[int],
-    speed: dict[str, dict[str, list[float]]],
-) -> None:
-    last = {name: found[0] for name, found in adapted.items()} or converted
-    middles = [math.sqrt(max(1, start) * stop) for start, stop in pairwise(_BOUNDS)]
-    run.figure(
-        "SmolLM2-135M, nats per token by position" + (", after LoRA" if adapted else ", converted"),
-        [Series(name, middles[: len(each["by position"])], each["by position"]) for name, each in last.items()],
-        x_label="position in the text",
-        y_label="nats per token",
-        log_x=True,
-    )
-    run.figure(
-        "SmolLM2-135M, decoding one sequence, or eight at once",
-        [Series(name, contexts, each) for name, each in speed["tokens/s"].items()],
-        x_label="tokens of context",
-        y_label="tokens per second",
-        log_x=True,
-        log_y=True,
-    )
 
 
 def _quality(converted: dict[str, dict[str, Any]], adapted: dict[str, list[dict[str, Any]]]) -> list[Measured]:
@@ -346,21 +257,3 @@ def _quality(converted: dict[str, dict[str, Any]], adapted: dict[str, list[dict[
             f"of {first}, by seed: {spread}; held if all are above 0",
         ),
     ]
-
-
-def _speed(contexts: list[int], speed: dict[str, dict[str, list[float]]]) -> Measured:
-    rates, sizes = speed["tokens/s"], speed["bytes"]
-    alone = [name for name in rates if "batch" not in name]
-    own = max(rates[name][-1] for name in alone if name.startswith("Liger"))
-    theirs = max(rates[name][-1] for name in alone if name.startswith("original"))
-    table = "; ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in each)}" for name, each in rates.items())
-    state = "; ".join(f"{name} {', '.join(f'{size / 1e6:.1f}' for size in each)}" for name, each in sizes.items())
-    constant = len(set(sizes["Liger-GLA"])) == 1
-    return Measured(
-        "real decoding",
-        f"{own:.0f} tokens/s against {theirs:.0f} at {contexts[-1]}, {sizes['Liger-GLA'][-1] / 1e6:.1f} MB of state "
-        f"against {sizes['original, fixed cache'][-1] / 1e6:.1f}",
-        constant and own > theirs,
-        f"against the original's fastest, batch 1. At {', '.join(map(str, contexts))} tokens on {_device()}, tokens/s: "
-        f"{table}. MB: {state}",
-    )

@@ -101,7 +101,7 @@ def experiment(run: Run) -> list[Measured]:
         for readings in (1, 2)
     }
     gap = run.part("state", _state)
-    times = run.part("prefill times", _times, run.choose(smoke=(64,), cpu=(1024, 4096), gpu=(2048, 8192, 32768)))
+    times = run.timed_part("prefill times", _times, run.choose(smoke=(64,), cpu=(1024, 4096), gpu=(2048, 8192, 32768)))
     rows = [_pairs_row(pairs)]
     if steps["sets"]:
         _draw(run, sets)

@@ -294,7 +294,7 @@ def _speeds(run: Run) -> list[Measured]:
         return [Measured(key, "not measured", None, _GPU) for key in keys]
     chunks, lengths = (32, 64, 128, 256, 512, 1024), (2048, 4096, 8192, 16384)
     run.sizes["speed"] = "batch 2, heads 4, keys 256, values 512, bfloat16, forward and backward, plain PyTorch route"
-    found: dict[str, Any] = run.part("speed", _timed, chunks, lengths, 8192, "cuda")
+    found: dict[str, Any] = run.timed_part("speed", _timed, chunks, lengths, 8192, "cuda")
     run.figure(
         "Forward and backward at 8192 tokens, plain route",
         [Series(name, list(chunks), [1e3 * value for value in found[name]]) for name in _PLANS],
@@ -337,7 +337,9 @@ def _speeds(run: Run) -> list[Measured]:
 
 def _tokens(run: Run) -> Measured:
     """The paper's table: one number of tokens in sequences of every length."""
-    measured: dict[str, Any] = run.part("tokens", _timed_tokens, 65_536, (512, 2048, 8192, 32_768, 65_536), "cuda")
+    measured: dict[str, Any] = run.timed_part(
+        "tokens", _timed_tokens, 65_536, (512, 2048, 8192, 32_768, 65_536), "cuda"
+    )
     tokens, lengths, found = measured["tokens"], measured["lengths"], measured["seconds"]
     run.sizes["tokens"] = f"{tokens} in all, 8 heads, keys 256, values 512; attention 32 heads of 128; bfloat16"
     run.figure(

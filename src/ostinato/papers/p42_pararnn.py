@@ -105,7 +105,7 @@ def experiment(run: Run) -> list[Measured]:
     }
     gradients = run.part("gradients", _gradient_errors, run.seed)
     timed = run.choose(smoke=(256,), cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384))
-    speed = {str(time): run.part(f"speed {time}", _speed, time, device) for time in timed}
+    speed = {str(time): run.timed_part(f"speed {time}", _speed, time, device) for time in timed}
     run.figure(
         f"Loop against three Newton iterations, ParaGRU, batch 4, width 64, {device}",
         [

@@ -72,7 +72,7 @@ def experiment(run: Run) -> list[Measured]:
     dense = run.part("dense", _dense, length, seeds, epochs, first, device)
     sparse = run.part("sparse", _sparse, length, orders, seeds, epochs, first, device)
     small = run.part("small", _small, small_seeds, small_epochs, first, device)
-    clock = run.part("time", _times, times, timed)
+    clock = run.timed_part("time", _times, times, timed)
     real = run.part("real", _real, small_epochs, first)
     rows = [_equality_row(dense), _sparse_row(sparse), _small_row(small), *_time_rows(clock), _real_row(real)]
     run.figure(

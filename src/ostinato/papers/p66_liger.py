@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ostinato.files import write_atomically
 from ostinato.layers.lora import add_lora
 from ostinato.models.language import LanguageModel
-from ostinato.models.linearize import linearize
+from ostinato.models.linearize import added_parameters, linearize
 from ostinato.papers import liger_smollm2
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
@@ -25,7 +26,13 @@ from ostinato.training.fit import fit
 claims = (
     Claim("recovers", "adapted Liger-GLA recovers ≥ 0.85 of the teacher", theirs="93 % (8B, 0.02 % of the tokens)"),
     Claim("gate", "the gate off the keys does better than a fresh one", theirs="perplexity 2.96 against 3.16"),
+    Claim(
+        "features", "softmax of channels does better than a learned feature map", theirs="perplexity 2.96 against 9.04"
+    ),
+    Claim("ungated", "the gate does better than none", theirs="perplexity 2.96 against 3.00"),
+    Claim("low rank", "LoRA does better than learning every weight", theirs="perplexity 2.96 against 3.23"),
     Claim("window", "the recurrence alone is worse by ≥ 0.1 nats", theirs="perplexity 2.96 against 3.75"),
+    Claim("window alone", "both halves do better than the window alone", theirs="perplexity 2.96 against 3.01"),
     Claim("parameters", "conversion adds no parameter", theirs="definition"),
     Claim("steps", "step by step is the parallel pass (1e-4 in float32)", theirs="definition"),
     *liger_smollm2.claims,
@@ -34,8 +41,10 @@ claims = (
 _ARMS: dict[str, dict[str, Any]] = {
     "Liger-GLA": {},
     "fresh gate": {"gate": "fresh"},
-    "recurrence alone": {"mix": 1.0},
+    "learned features": {"features": "learned"},
     "no gate": {"gate": "none"},
+    "full fine-tuning": {},
+    "recurrence alone": {"mix": 1.0},
     "window alone": {"recurrence": None},
     "Liger-HGRN2": {"recurrence": "hgrn2"},
     "Liger-GSA": {"recurrence": "gsa"},
@@ -43,9 +52,18 @@ _ARMS: dict[str, dict[str, Any]] = {
     "teacher": {},
     "random weights": {},
 }
-_COMPARED = ("Liger-GLA", "fresh gate", "recurrence alone")
-"""The arms of claims that are differences: all seeds; the others are reported from one."""
+_CONTROLS = {
+    "gate": ("fresh gate", 0.0),
+    "features": ("learned features", 0.0),
+    "ungated": ("no gate", 0.0),
+    "low rank": ("full fine-tuning", 0.0),
+    "window": ("recurrence alone", 0.1),
+    "window alone": ("window alone", 0.0),
+}
+"""The arm that a claim sets beside Liger-GLA, and by how many nats it is to be worse."""
 _WINDOW = 16
+_LAST: dict[str, Any] = {"evaluate_every": 0, "evaluation_batches": 1}
+"""What `fit` scores of its own: the held-out quarter is scored apart."""
 
 
 def experiment(run: Run) -> list[Measured]:
@@ -54,26 +72,32 @@ def experiment(run: Run) -> list[Measured]:
     steps = run.choose(smoke=2, cpu=1500, gpu=3000)
     updates = run.choose(smoke=1, cpu=150, gpu=150)
     seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=3, gpu=3))]
+    several = ["Liger-GLA", *(arm for arm, _ in _CONTROLS.values())]
+    several = several if run.budget != "cpu" else ["Liger-GLA", "fresh gate", "recurrence alone"]
     width = run.choose(smoke=16, cpu=128, gpu=128)
     run.sizes |= {
         "teacher": f"4 layers, d {width}, 4 heads, bytes, T {length}, {steps} steps of 16, AdamW 1e-3",
-        "adaptation": f"LoRA 8 on q, k, v, {updates} steps of 8, AdamW 1e-3, window {_WINDOW}, 16 slots",
+        "adaptation": f"LoRA 8 on q, k, v, {updates} steps of 8, AdamW 1e-3, window {_WINDOW}, 16 slots; what an arm "
+        "adds (a gate, features), and every weight in full fine-tuning, is learned at the same rate",
         "share of the teacher's tokens": updates * 8 / (steps * 16),
-        "seeds": f"{len(seeds)} of {', '.join(_COMPARED)}; 1 of the others, and of the teacher",
+        "seeds": f"{len(seeds)} of {', '.join(several)}; 1 of the others, and of the teacher",
         "LoLCATs": "the first half of its updates are attention transfer (AdamW 1e-2), the second LoRA",
     }
     folder = run.folder / f"teacher-{run.budget}-{run.seed}"
-    run.part("teacher", _teach, folder, width, length, steps, run.seed)
+    # Used here, so that no arm begins before the teacher is there.
+    run.sizes["teacher's parameters"] = int(run.part("teacher", _teach, folder, width, length, steps, run.seed))
     if not (folder / "config.json").is_file():
         _teach(folder, width, length, steps, run.seed)
     found = {
         name: [
             run.part(f"{name}-{seed}", _adapt, folder, name, length, updates, seed)
-            for seed in (seeds if name in _COMPARED else seeds[:1])
+            for seed in (seeds if name in several else seeds[:1])
         ]
         for name in _ARMS
         if name != "Liger-GSA" or run.budget != "cpu"  # seconds an update on two cores
     }
+    exact = run.part("exact", _exact, folder)
+    real = liger_smollm2.gather(run)
     run.figure(
         "Nats per byte of held-out text",
         [
@@ -86,14 +110,13 @@ def experiment(run: Run) -> list[Measured]:
     rows = _rows(found)
     if run.budget == "smoke":
         rows = [Measured(row.key, row.ours, None, "too small a budget to tell") for row in rows]
-    exact = run.part("exact", _exact, folder)
     return [
         *rows,
         Measured("parameters", f"{exact['after']} of {exact['before']}", exact["after"] == exact["before"]),
         Measured(
             "steps", f"largest difference {exact['difference']:.1e}", exact["difference"] <= 1e-4, "3 recurrences"
         ),
-        *liger_smollm2.measure(run),
+        *liger_smollm2.measure(run, real),
     ]
 
 
@@ -102,17 +125,16 @@ def _rows(found: dict[str, list[dict[str, float]]]) -> list[Measured]:
     shown = ", ".join(f"{name} {value:.3f}" for name, value in loss.items())
     floor, ours, teacher = loss["random weights"], loss["Liger-GLA"], loss["teacher"]
     share = (floor - ours) / (floor - teacher)
-    first = [each["adapted"] for each in found["Liger-GLA"]]
-    gate = [other["adapted"] - own for other, own in zip(found["fresh gate"], first, strict=True)]
-    alone = loss["recurrence alone"] - ours
-    spread = ", ".join(f"{value:+.4f}" for value in gate)
-    return [
-        Measured("recovers", f"{share:.3f}", share >= 0.85, f"nats per byte: {shown}"),
-        Measured(
-            "gate", f"{mean(gate):+.4f} nats without it", min(gate) > 0, f"by seed: {spread}; held if all are above 0"
-        ),
-        Measured("window", f"{alone:+.3f} nats without it", alone >= 0.1, "no gate and window alone: see above"),
-    ]
+    own = [each["adapted"] for each in found["Liger-GLA"]]
+    rows = [Measured("recovers", f"{share:.3f}", share >= 0.85, f"nats per byte: {shown}")]
+    for key, (arm, least) in _CONTROLS.items():
+        # An arm of one seed is set beside the same seed of ours.
+        worse = [control["adapted"] - with_it for control, with_it in zip(found[arm], own, strict=False)]
+        by_seed = ", ".join(f"{value:+.4f}" for value in worse)
+        wanted = f"held if all are at least {least}" if least else "held if all are above 0"
+        holds = min(worse) >= least if least else min(worse) > 0
+        rows.append(Measured(key, f"{mean(worse):+.4f} nats with {arm}", holds, f"by seed: {by_seed}; {wanted}"))
+    return rows
 
 
 def _texts(folder: Path, length: int) -> tuple[Text, Text]:
@@ -120,7 +142,11 @@ def _texts(folder: Path, length: int) -> tuple[Text, Text]:
     whole = Text(window=length, held_out=0.2, carry=False)
     folder.mkdir(parents=True, exist_ok=True)
     rest = folder / "rest.txt"
-    rest.write_bytes(whole.test_bytes)
+
+    def write(path: Path) -> None:
+        path.write_bytes(whole.test_bytes)
+
+    write_atomically(rest, write)  # others may be reading it
     return whole, Text(files=(str(rest),), window=length, held_out=0.25, carry=False, binary=True)
 
 
@@ -129,7 +155,7 @@ def _teach(folder: Path, width: int, length: int, steps: int, seed: int) -> int:
     torch.manual_seed(seed)
     teacher = LanguageModel(d_model=width, plan="attention(heads=4)", depth=4)
     task, _ = _texts(folder, length)
-    fit(teacher, task, steps=steps, batch_size=16, learning_rate=1e-3, seed=seed, progress=False, evaluation_batches=1)
+    fit(teacher, task, steps=steps, batch_size=16, learning_rate=1e-3, seed=seed, progress=False, **_LAST)
     teacher.save_pretrained(folder)
     return teacher.num_parameters()
 
@@ -148,11 +174,11 @@ def _adapt(folder: Path, name: str, length: int, updates: int, seed: int) -> dic
         device = "cuda" if torch.cuda.is_available() else "cpu"
         shown = (task.train_batch(step, 8, seed).inputs for step in range(transfers))
         transfer_attention(model.to(device), teacher.to(device), shown)
-    if name != "random weights":
+    if name not in ("random weights", "full fine-tuning"):
         add_lora(model, rank=8)
-        for part, parameter in model.named_parameters():
-            if part.endswith("to_gate.weight") and ".mixer." in part:
-                parameter.requires_grad_(True)  # the fresh gate is learned too
+        if name != "LoLCATs":  # whose features have had their updates
+            for parameter in added_parameters(model).values():
+                parameter.requires_grad_(True)
     fit(
         model.train(),
         task,
@@ -162,7 +188,7 @@ def _adapt(folder: Path, name: str, length: int, updates: int, seed: int) -> dic
         weight_decay=0.0,
         seed=seed,
         progress=False,
-        evaluation_batches=1,
+        **_LAST,
     )
     return {"converted": before, "adapted": _nats(model, task, length)}
 

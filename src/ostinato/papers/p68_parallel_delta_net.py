@@ -152,7 +152,7 @@ def _errors(time: int, dim: int, seed: int) -> dict[str, float]:
 def _speeds(run: Run) -> list[Measured]:
     lengths = run.choose(smoke=(16, 32), cpu=(128, 256, 512, 1024, 2048), gpu=(128, 256, 512, 1024, 2048))
     dims = run.choose(smoke=(8,), cpu=(16, 64), gpu=(16, 64))
-    ratios: dict[str, list[float]] = run.part("speed", _ratios, lengths, dims, run.choose(smoke=1, cpu=5, gpu=5))
+    ratios: dict[str, list[float]] = run.timed_part("speed", _ratios, lengths, dims, run.choose(smoke=1, cpu=5, gpu=5))
     run.figure(
         "Times that chunks are faster than the loop (processor, float32)",
         [Series(name, list(lengths), values) for name, values in ratios.items()],

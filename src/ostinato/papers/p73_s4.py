@@ -64,7 +64,7 @@ def experiment(run: Run) -> list[Measured]:
     }
     states, length = ((16, 32), 128) if run.budget == "smoke" else ((32, 64, 128, 256), 1024)
     # On a GPU kernels of these sizes take as long to launch as to compute: the growth is measured on the processor.
-    cost = run.part("cost", _cost, states, 32, length)
+    cost = run.timed_part("cost", _cost, states, 32, length)
     run.figure(
         f"Kernel of {length} steps, 32 features, on the processor",
         [Series(name, list(states), [cost[name][str(size)]["seconds"] for size in states]) for name in cost],

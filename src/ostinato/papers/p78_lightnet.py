@@ -124,7 +124,7 @@ def experiment(run: Run) -> list[Measured]:
         if run.budget == "gpu" or name in _SHORT
     }
     rows += _digit_rows(run, found)
-    times = run.part("timings", _times, sides)
+    times = run.timed_part("timings", _times, sides)
     rows.append(_latency_row(times))
     if run.budget == "cpu":
         why = "the gpu budget trains language models"
