@@ -27,7 +27,7 @@ claims = (
     Claim("recovers", "adapted Liger-GLA recovers ≥ 0.85 of the teacher", theirs="93 % (8B, 0.02 % of the tokens)"),
     Claim("gate", "the gate off the keys does better than a fresh one", theirs="perplexity 2.96 against 3.16"),
     Claim(
-        "features", "softmax of channels does better than a learned feature map", theirs="perplexity 2.96 against 9.04"
+        "features", "softmax as the feature map does better than a learned one", theirs="perplexity 2.96 against 9.04"
     ),
     Claim("ungated", "the gate does better than none", theirs="perplexity 2.96 against 3.00"),
     Claim("low rank", "LoRA does better than learning every weight", theirs="perplexity 2.96 against 3.23"),
