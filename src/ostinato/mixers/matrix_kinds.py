@@ -61,9 +61,10 @@ def vandermonde_matrix(
 ) -> Matrix:
     """Σ_d [cos(2π c q_td l) ∓ cos(2π c k_ld t)]."""
     factor, sign = (SLOW_TURNS, -1.0) if data_dependent else (1.0, 1.0)
-    where = places.to(queries.dtype)
-    first = torch.cos(2 * math.pi * factor * torch.einsum("bthd,bl->bhtld", queries, where)).sum(-1)
-    second = torch.cos(2 * math.pi * factor * torch.einsum("blhd,bt->bhtld", keys, where)).sum(-1)
+    # All factors on the places: what has five axes is touched as seldom as can be.
+    turns = 2 * math.pi * factor * places.to(queries.dtype)
+    first = torch.cos(torch.einsum("bthd,bl->bhtld", queries, turns)).sum(-1)
+    second = torch.cos(torch.einsum("blhd,bt->bhtld", keys, turns)).sum(-1)
     return first + sign * second
 
 
@@ -78,8 +79,8 @@ def dft_matrix(
 
 def cauchy_matrix(queries: Parts, keys: Parts, offset: Float[Tensor, " 1"]) -> Matrix:
     """Σ_d 1 / (e^{q_td} + b + e^{k_ld} + b + ε)."""
-    q, k = queries.exp() + offset, keys.exp() + offset
-    return (1 / (q.transpose(1, 2).unsqueeze(3) + k.transpose(1, 2).unsqueeze(2) + EPS)).sum(-1)
+    q, k = queries.exp() + (offset + EPS), keys.exp() + offset
+    return (1 / (q.transpose(1, 2).unsqueeze(3) + k.transpose(1, 2).unsqueeze(2))).sum(-1)
 
 
 def low_rank_matrix(queries: Parts, keys: Parts) -> Matrix:

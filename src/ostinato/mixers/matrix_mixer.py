@@ -211,4 +211,7 @@ class MatrixMixer(WholeMixer):
             return product * matrix_kinds.scale_of(self.kind, x.shape[1], self.qk_dim)
         if self.displaced:
             raise ConfigurationError("the displaced Toeplitz matrix wraps around: several sequences cannot share a row")
+        if not self.data_dependent and reset is None:  # one matrix for all rows
+            only = {name: part[:1] for name, part in parts.items()}
+            return torch.einsum("htl,blhd->bthd", self._matrix(x[:1], only, None)[0], values)
         return torch.einsum("bhtl,blhd->bthd", self._matrix(x, parts, reset), values)

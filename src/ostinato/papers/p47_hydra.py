@@ -72,15 +72,15 @@ def experiment(run: Run) -> list[Measured]:
     """Matrices, then masked text by every way of mixing."""
     seeds = [run.seed + index for index in range(run.choose(smoke=2, cpu=3, gpu=3))]
     sizes = {
-        "steps": run.choose(smoke=1, cpu=200, gpu=1200),
-        "batch": run.choose(smoke=2, cpu=16, gpu=32),
+        "steps": run.choose(smoke=1, cpu=200, gpu=1000),
+        "batch": run.choose(smoke=2, cpu=12, gpu=32),
         "window": run.choose(smoke=16, cpu=64, gpu=128),
         "d_model": run.choose(smoke=24, cpu=96, gpu=96),
         "depth": run.choose(smoke=1, cpu=2, gpu=4),
         "tested": run.choose(smoke=4, cpu=256, gpu=256),
     }
     structure = run.part("matrices", _structure)
-    rows = [*_structure_rows(structure), _extends_row(run.part("beginnings", _beginnings))]
+    beginnings = run.part("beginnings", _beginnings)
     kinds = run.choose(smoke=CLASSES, cpu=CLASSES[:2], gpu=CLASSES)
     target = _count(JOINS["Hydra"], sizes, sizes["d_model"])
     arms = JOINS | {
@@ -108,7 +108,7 @@ def experiment(run: Run) -> list[Measured]:
         y_label="nats",
         levels={"between the same neighbours": floors["between the same neighbours"]},
     )
-    rows += _loss_rows(found, floors)
+    rows = [*_structure_rows(structure), _extends_row(beginnings), *_loss_rows(found, floors)]
     if run.budget == "smoke":
         return [*rows[:3], *(Measured(row.key, row.ours, None, "too small a budget to tell") for row in rows[3:])]
     return rows
