@@ -102,3 +102,9 @@ def operand(of, WIDE: tl.constexpr, PRECISION: tl.constexpr):
         return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
     else:
         return of.to(WIDE)
+
+
+@triton.jit
+def remainder(of, rounded):
+    """What `of` lost when it was rounded, rounded itself: the two terms have twice the digits of one."""
+    return (of.to(tl.float32) - rounded.to(tl.float32)).to(rounded.dtype)
