@@ -318,7 +318,7 @@ def reproduce(
     else:
         run, rows = SideBySide(jobs, end, folder).walk(module.experiment, fresh)
     if rows is None:
-        raise TimeIsUp(f"{which.label}: time is up before {', '.join(run.pending)}, and what needs them")
+        raise TimeIsUp(f"time is up before {', '.join(run.pending)}, and what needs them")
     measured = {row.key: row for row in rows}
     unknown = set(measured) - {claim.key for claim in module.claims}
     if unknown:
