@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from ostinato.cli.app import app
@@ -60,6 +61,23 @@ def test_lolcats_learns_its_features_first(model: Path, tmp_path: Path) -> None:
     assert not (features == features.new_ones(8).diag()).all()
 
 
+@pytest.mark.parametrize(("rank", "learned"), [(2, "of LoRA"), (0, "of every weight")])
+def test_controls_learn_what_they_add(model: Path, tmp_path: Path, rank: int, learned: str) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(TEXT)
+    result = ostinato(
+        *(model, "--out", tmp_path / "made", "--text", book, "--steps", 3, "--batch", 2, "--length", 16),
+        *("--rank", rank, "--device", "cpu", "--features", "learned", "--gate", "fresh", "--window", 4),
+    )
+    assert f"after 3 steps {learned}" in result.output
+    after = LanguageModel.from_pretrained(tmp_path / "made").state_dict()
+    before = LanguageModel.from_pretrained(model).state_dict()
+    assert not torch.equal(after["backbone.blocks.0.mixer.key_features"], torch.eye(8).expand(2, 8, 8))
+    assert after["backbone.blocks.0.mixer.to_gate.weight"].shape == (16, 16)
+    embedded = "embedding.weight"
+    assert torch.equal(after[embedded], before[embedded]) == (rank > 0)
+
+
 def test_a_folder_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
@@ -89,5 +107,9 @@ def test_what_it_refuses(model: Path, tmp_path: Path) -> None:
     assert "is not empty" in ostinato(model, "--out", model, code=2).output
     assert "one of gla, hgrn2, gsa" in ostinato(
         model, "--recurrence", "lstm", "--out", tmp_path / "made", code=2
+    ).output.replace("\n", " ")
+    assert "must not be negative" in ostinato(model, "--rank", -1, "--out", tmp_path / "made", code=2).output
+    assert "one of softmax, learned" in ostinato(
+        model, "--features", "exp", "--out", tmp_path / "made", code=2
     ).output.replace("\n", " ")
     assert not (tmp_path / "made").exists()

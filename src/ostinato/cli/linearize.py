@@ -26,20 +26,24 @@ def linearize(
     window: Annotated[int, typer.Option(help="Steps that softmax attention still sees.")] = 64,
     mix: Annotated[float, typer.Option(help="The recurrence's share of the output; the window has the rest.")] = 0.5,
     slots: Annotated[int, typer.Option(help="Of gsa, per head.")] = 16,
+    gate: Annotated[str, typer.Option(help="pooled, off the keys; for a control fresh, or (of gla) none.")] = "pooled",
+    features: Annotated[
+        str, typer.Option(help="Of queries and keys, for gla: softmax; for a control learned.")
+    ] = "softmax",
     text: Annotated[list[Path] | None, typer.Option(help="Text to measure on, and to adapt to.")] = None,
-    steps: Annotated[int, typer.Option(help="Updates of LoRA on the text; 0 only measures.")] = 0,
-    rank: Annotated[int, typer.Option(help="Of LoRA, on queries, keys and values.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Of LoRA, its peak.")] = 1e-3,
+    steps: Annotated[int, typer.Option(help="Updates on the text; 0 only measures.")] = 0,
+    rank: Annotated[int, typer.Option(help="Of LoRA, on queries, keys and values; 0 learns every weight instead.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of the adaptation, its peak.")] = 1e-3,
     batch: Annotated[int, typer.Option(help="Sequences in one update.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of each sequence in one update.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of LoRA and the batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of LoRA, a fresh gate and the batches.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu to stay there; the best there is by default.")] = None,
 ) -> None:
     """Replace softmax attention by Liger attention: same weights, none added, a state that does not grow.
 
     With --text, bits per byte of its held-out tenth are printed before and after; with --steps too, low-rank
-    adapters are trained on the rest and merged into the saved model. LoLCATs takes the first half of them to learn its
-    features.
+    adapters are trained on the rest, with what a control adds, and merged into the saved model. LoLCATs takes the first
+    half of them to learn its features.
 
     [bold]Examples[/]
 
@@ -54,6 +58,7 @@ def linearize(
     import torch
 
     from ostinato.layers.lora import add_lora, merge_lora
+    from ostinato.models.linearize import added_parameters
     from ostinato.models.linearize import linearize as convert
     from ostinato.training.attention_transfer import transfer_attention
     from ostinato.training.fit import fit
@@ -62,23 +67,29 @@ def linearize(
         raise ConfigurationError(f"{steps} steps of adaptation need a text: --text FILE")
     if steps < 0:
         raise ConfigurationError(f"steps must not be negative, got {steps}")
+    if rank < 0:
+        raise ConfigurationError(f"the rank must not be negative (0 learns every weight), got {rank}")
     if out_folder.exists() and any(out_folder.iterdir()):
         raise ConfigurationError(f"{out_folder} is not empty; name another --out")
     source = _source(model)
-    made = convert(source, None if recurrence == "none" else recurrence, window, mix=mix, slots=slots)
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"mix": mix, "slots": slots, "gate": gate, "features": features}
+    made = convert(source, None if recurrence == "none" else recurrence, window, **options)
     err.print(f"{made.backbone.plan}, {made.num_parameters():,} parameters, {source.num_parameters():,} before")
     if text:
         task = _task(text, made, length)
         rows = [["before", _score(source, task)], ["converted", _score(made, task)]]
         if steps:
-            torch.manual_seed(seed)
             transfers = steps // 2 if recurrence == "lolcats" else 0
             if transfers:
                 where = device or ("cuda" if torch.cuda.is_available() else "cpu")
                 shown = (task.train_batch(step, batch, seed).inputs for step in range(transfers))
                 losses = transfer_attention(made.to(where), source.to(where), shown)
                 err.print(f"attention transfer: {losses[0]:.3g} at first, {losses[-1]:.3g} after {transfers} steps")
-            add_lora(made, rank=rank)
+            if rank:
+                add_lora(made, rank=rank)
+                for parameter in () if transfers else added_parameters(made).values():
+                    parameter.requires_grad_(True)
             history = fit(
                 made,
                 task,
@@ -93,7 +104,8 @@ def linearize(
                 err.print("stopped; nothing is saved")
                 raise typer.Exit(INTERRUPTED)
             merge_lora(made)
-            rows.append([f"after {steps} steps" + (" of LoRA" if not transfers else ""), _score(made, task)])
+            how = "" if transfers else " of LoRA" if rank else " of every weight"
+            rows.append([f"after {steps} steps{how}", _score(made, task)])
         print_table(["on the held-out text", "bits per byte"], rows)
     made.save_pretrained(out_folder)
     out.print(f"now: ostinato generate {out_folder} --prompt …")
