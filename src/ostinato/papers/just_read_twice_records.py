@@ -22,12 +22,11 @@ from ostinato.training.prefix_objective import mask_prefix, prefix_lm_loss
 
 LAYERS = "gated_convolution, prefix_linear_attention(heads=2, feature_dim={})"
 READERS = {
-    "JRT-RNN": (LAYERS.format(8), True),
     "causal": (LAYERS.format(8), False),
     "Mamba-2": ("gated_convolution, mamba2(heads=8, state_dim=32)", False),
     "attention": ("gated_convolution, attention(heads=2, rope=False)", False),
 }
-"""The layers that read records, and whether the prompt is a prefix."""
+"""The layers that read records besides JRT-RNN, and whether the prompt is a prefix."""
 
 
 def spread(values: list[float]) -> str:
@@ -92,37 +91,35 @@ class _Records(GeneratedTask):
         return prefix_lm_loss(logits, batch.targets, 2 * ((self.prefix - 2) // 2) + 1, batch.mask)
 
 
-def records(steps: int, tests: int, seeds: list[int], run: Run) -> list[dict[str, float]]:
-    """Every seed's accuracy on the first value asked: prompts as long as the prefix, and of 8 pairs in each way."""
+def whole_reader(steps: int, tests: int, seeds: list[int], run: Run) -> list[dict[str, dict[str, float]]]:
+    """Every seed's accuracies of JRT-RNN: "read" as of `readers`; "short" on prompts of 8 pairs, filled in each way."""
     task = _Records(test_size=tests)
-
-    def build(seed: int) -> PromptClassifier:
-        plan = LAYERS.format(8)
-        return PromptClassifier(task.vocab_size, 64, plan, 4, start=1, ask=3, whole=True, channel_mixer=None)
-
-    ensemble = fitted(build, task, steps, seeds, 2e-3, 64, run)
-    return [_short_prompts(model, task, tests) for model in ensemble]
+    ensemble = _trained(task, LAYERS.format(8), True, steps, seeds, run)
+    return [{"read": _read(model, task, tests), "short": _short_prompts(model, task, tests)} for model in ensemble]
 
 
-@torch.no_grad()
 def readers(plan: str, whole: bool, steps: int, tests: int, seeds: list[int], run: Run) -> list[dict[str, float]]:
     """Every seed's accuracy on the first value asked, by the number of pairs: 31 as in training, then more."""
     task = _Records(test_size=tests)
+    return [_read(model, task, tests) for model in _trained(task, plan, whole, steps, seeds, run)]
 
+
+def _trained(task: _Records, plan: str, whole: bool, steps: int, seeds: list[int], run: Run) -> Any:
     def build(seed: int) -> PromptClassifier:
         return PromptClassifier(task.vocab_size, 64, plan, 4, start=1, ask=3, whole=whole, channel_mixer=None)
 
-    with torch.enable_grad():
-        ensemble = fitted(build, task, steps, seeds, 2e-3, 64, run)
-    found = []
-    for model in ensemble:
-        each = {}
-        for pairs in (31, 48, 64):
-            tokens = torch.from_numpy(task.tokens(np.random.default_rng([36, pairs]), tests, pairs))
-            logits, _ = model(tokens[:, : 2 * pairs + 3].to(next(model.parameters()).device))
-            right = logits[:, -1].argmax(-1).cpu() == tokens[:, 2 * pairs + 3]
-            each[str(pairs)] = float(right.double().mean())
-        found.append(each)
+    return fitted(build, task, steps, seeds, 2e-3, 64, run)
+
+
+@torch.no_grad()
+def _read(model: Any, task: _Records, tests: int) -> dict[str, float]:
+    device = next(model.parameters()).device
+    found = {}
+    for pairs in (31, 48, 64):
+        tokens = torch.from_numpy(task.tokens(np.random.default_rng([36, pairs]), tests, pairs))
+        logits, _ = model(tokens[:, : 2 * pairs + 3].to(device))
+        right = logits[:, -1].argmax(-1).cpu() == tokens[:, 2 * pairs + 3]
+        found[str(pairs)] = float(right.double().mean())
     return found
 
 

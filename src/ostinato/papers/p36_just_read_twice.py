@@ -23,8 +23,8 @@ from ostinato.papers.just_read_twice_records import (
     fitted,
     reader_rows,
     readers,
-    records,
     spread,
+    whole_reader,
 )
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
@@ -80,7 +80,7 @@ def experiment(run: Run) -> list[Measured]:
     """Two sets in both orders, pairs read once and twice, short prompts, the time of a prompt."""
     seeds = [run.seed + index for index in range(run.choose(smoke=2, cpu=3, gpu=3))]
     steps = {
-        "sets": run.choose(smoke=1, cpu=0, gpu=9000),
+        "sets": run.choose(smoke=1, cpu=0, gpu=6000),
         "pairs": run.choose(smoke=1, cpu=1000, gpu=3000),
         "records": run.choose(smoke=1, cpu=0, gpu=3000),
     }
@@ -102,23 +102,27 @@ def experiment(run: Run) -> list[Measured]:
     }
     gap = run.part("state", _state)
     times = run.timed_part("prefill times", _times, run.choose(smoke=(64,), cpu=(1024, 4096), gpu=(2048, 8192, 32768)))
+    narrow = {
+        width: run.part(f"sets-causal-{width}", _sets, LAYERS.format(width), False, 1, steps["sets"], tests, seeds, run)
+        for width in _NARROW
+        if steps["sets"]
+    }
+    # JRT-RNN is trained once, for prompts of every length.
+    whole = (
+        run.part("records by JRT-RNN", whole_reader, steps["records"], tests, seeds, run) if steps["records"] else []
+    )
+    read = {
+        name: run.part(f"readers-{name}", readers, *reader, steps["records"], tests, seeds, run)
+        for name, reader in READERS.items()
+        if steps["records"]
+    }
+    # Every part before any value: parts may be computed side by side.
     rows = [_pairs_row(pairs)]
     if steps["sets"]:
         _draw(run, sets)
-        rows += _set_rows(sets)
-        rows.append(fill_row(run.part("records", records, steps["records"], tests, seeds, run)))
-        narrow = {
-            width: run.part(
-                f"sets-causal-{width}", _sets, LAYERS.format(width), False, 1, steps["sets"], tests, seeds, run
-            )
-            for width in _NARROW
-        }
-        rows.append(_memory_row({**narrow, 8: sets["causal"]}))
-        read = {
-            name: run.part(f"readers-{name}", readers, *reader, steps["records"], tests, seeds, run)
-            for name, reader in READERS.items()
-        }
-        rows += reader_rows(read)
+        rows += [*_set_rows(sets), _memory_row({**narrow, 8: sets["causal"]})]
+        rows.append(fill_row([each["short"] for each in whole]))
+        rows += reader_rows({"JRT-RNN": [each["read"] for each in whole], **read})
     else:
         why = "trained in the gpu budget: too long for two cores"
         rows += [Measured(key, "not measured", None, why) for key in _TRAINED]
