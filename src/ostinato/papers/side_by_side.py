@@ -98,6 +98,16 @@ class SideBySide:
                 rows = walk(experiment, run)
                 if rows is not None or order.late():
                     return run, rows
+                told.seconds |= run.seconds
+                _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """What PyTorch keeps of a GPU for later: the other processes need the room."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _after(order: Order, alone: bool) -> Callable[[Run, Part], Any]:
