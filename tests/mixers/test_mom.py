@@ -112,13 +112,26 @@ def test_one_row_and_many_rows_step_alike() -> None:
         torch.testing.assert_close(single.memories.memory[0], after.memories.memory[row], rtol=0, atol=1e-12)
 
 
-def test_a_whole_list_is_the_same_under_a_map() -> None:
-    # Under vmap no length can be looked at: the lists are as long as the sequence.
-    mixture = built()
+@pytest.mark.parametrize("base", ["gated_delta_net", "gla"])
+def test_a_whole_list_is_the_same_under_a_map(base: str) -> None:
+    # Under vmap no length can be looked at: the lists are as long as the sequence, the shared memory's is one of them.
+    mixture = built(base=base)
+    _, before = mixture(sequence())
+    reset = torch.zeros(BATCH, TIME, dtype=torch.bool)
+    reset[0, 9] = reset[1, 0] = True
     x = torch.stack([sequence(), sequence().flip(1)])
-    found = torch.vmap(lambda one: mixture(one)[0])(x)
-    for index in range(2):
-        torch.testing.assert_close(found[index], mixture(x[index])[0], rtol=0, atol=1e-12)
+    for marks in (None, reset):
+
+        def read(one: Tensor, marks: Tensor | None = marks) -> tuple[Tensor, list[Tensor]]:
+            y, after = mixture(one, before, reset=marks)
+            return y, [leaf for _, leaf in ostinato.state.leaves(after)]
+
+        found, states = torch.vmap(read)(x)
+        for index in range(2):
+            wanted, after = read(x[index])
+            torch.testing.assert_close(found[index], wanted, rtol=0, atol=1e-12)
+            for own, other in zip(states, after, strict=True):
+                torch.testing.assert_close(own[index], other, rtol=0, atol=1e-12)
 
 
 def test_capacity_that_is_large_enough_drops_nothing_and_a_small_one_breaks_causality() -> None:

@@ -195,43 +195,58 @@ class MixtureOfMemories(Mixer):
         else:
             weights, chosen = choose(self.router(x), self.top_k)
         few = x.shape[1] == 1 and x.shape[0] * self.top_k <= self.count and reset is None
-        routed = self._step if few else self._sequence
-        outputs, every = routed(x, weights, chosen, state.memories, reset)
-        shared = None
-        if self.shared_memory:
-            own, shared = self.memories.only(slice(self.count, None), x, state.shared, reset, None)
-            outputs = outputs + own
-        return self.base.read_out(outputs, x), MixtureState(every, shared)  # type: ignore[operator]
+        mixed = self._step(x, weights, chosen, state) if few else self._sequence(x, weights, chosen, state, reset)
+        return self.base.read_out(mixed[0], x), mixed[1]  # type: ignore[operator]
 
     def _sequence(
-        self, x: Tensor, weights: Tensor, chosen: Tensor, state: Any, reset: Tensor | None
-    ) -> tuple[Tensor, Any]:
+        self, x: Tensor, weights: Tensor, chosen: Tensor, state: MixtureState, reset: Tensor | None
+    ) -> tuple[Tensor, MixtureState]:
         """The tokens of every memory side by side: (batch · memories, length)."""
         room = None if self.capacity is None else max(1, -int(-self.capacity * x.shape[1] // self.top_k))
         routed: Routed = route_tokens(x, chosen, self.count, room)
+        packed, lengths, before, lists = routed.packed, routed.lengths, state.memories, self.count
         begins = stale = None
         if reset is not None:
             begins, stale = packed_resets(reset, routed)
-            begins = begins.flatten(0, 1)
+        # Lists as long as the whole take the shared memory's beside them: one call where there would be two.
+        together = self.shared_memory and packed.shape[2] == x.shape[1]
+        if together:
+            lists += 1
+            packed, lengths = _beside(packed, x), _beside(lengths, lengths.new_full(lengths.shape[:1], x.shape[1]))
+            before = ostinato.state.map(_beside, before, state.shared)
+            begins = None if begins is None or reset is None else _beside(begins, reset)
         outputs, after = self.memories.only(
-            slice(0, self.count),
-            routed.packed.flatten(0, 1),
-            ostinato.state.map(lambda leaf: leaf.flatten(0, 1), state),
-            begins,
-            routed.lengths.flatten(),
+            slice(0, lists),
+            packed.flatten(0, 1),
+            ostinato.state.map(lambda leaf: leaf.flatten(0, 1), before),
+            None if begins is None else begins.flatten(0, 1),
+            lengths.flatten(),
         )
+        outputs = outputs.unflatten(0, (-1, lists))
+        after = ostinato.state.map(lambda leaf: leaf.unflatten(0, (-1, lists)), after)
 
         def own(leaf: Tensor) -> Tensor:
-            leaf = leaf.unflatten(0, (-1, self.count))
+            leaf = leaf[:, : self.count]
             return leaf if stale is None else leaf.masked_fill(stale.view(*stale.shape, *[1] * (leaf.ndim - 2)), 0)
 
-        heads = outputs.shape[2:]
-        mixed = gather_outputs(outputs.flatten(2).unflatten(0, (-1, self.count)), routed, weights)
-        return mixed.unflatten(-1, heads), ostinato.state.map(own, after)
+        mixed = gather_outputs(outputs[:, : self.count].flatten(3), routed, weights).unflatten(-1, outputs.shape[3:])
+        every = ostinato.state.map(own, after)
+        if not together:
+            return self._with_shared(mixed, every, x, state, reset)
+        return mixed + outputs[:, -1], MixtureState(every, ostinato.state.map(lambda leaf: leaf[:, -1], after))
 
-    def _step(self, x: Tensor, weights: Tensor, chosen: Tensor, state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
+    def _with_shared(
+        self, mixed: Tensor, every: Any, x: Tensor, state: MixtureState, reset: Tensor | None
+    ) -> tuple[Tensor, MixtureState]:
+        """What the shared memory adds, in a call of its own."""
+        if not self.shared_memory:
+            return mixed, MixtureState(every, None)
+        own, shared = self.memories.only(slice(self.count, None), x, state.shared, reset, None)
+        return mixed + own, MixtureState(every, shared)
+
+    def _step(self, x: Tensor, weights: Tensor, chosen: Tensor, whole: MixtureState) -> tuple[Tensor, MixtureState]:
         """One step of few rows: the chosen memories and their maps alone are touched."""
-        index = chosen[:, 0]
+        index, state = chosen[:, 0], whole.memories
 
         def spread(leaf: Tensor) -> Tensor:
             return index.view(*index.shape, *[1] * (leaf.ndim - 2)).expand(-1, -1, *leaf.shape[2:])
@@ -242,4 +257,9 @@ class MixtureOfMemories(Mixer):
         after = ostinato.state.map(
             lambda old, new: old.scatter(1, spread(old), new.unflatten(0, (-1, self.top_k)).to(old.dtype)), state, after
         )
-        return outputs.sum(1), after
+        return self._with_shared(outputs.sum(1), after, x, whole, None)
+
+
+def _beside(lists: Tensor, one: Tensor) -> Tensor:
+    """(batch, memories, …) and one more, (batch, …)."""
+    return torch.cat([lists, one.unsqueeze(1)], dim=1)

@@ -72,7 +72,7 @@ def experiment(run: Run) -> list[Measured]:
     sizes = run.choose(
         smoke=(16, 16, 4, 8, 4, 4, 2, 8),
         cpu=(64, 32, 8, 64, 8, 32, 1000, 512),
-        gpu=(512, 256, 48, 64, 16, 32, 1800, 1024),
+        gpu=(512, 256, 48, 64, 16, 32, 2000, 1024),
     )
     size: dict[str, int] = dict(zip(names, sizes, strict=True))
     seeds = [run.seed + index for index in range(run.choose(smoke=1, cpu=3, gpu=3))]

@@ -184,10 +184,11 @@ def _clip_each(parameters: Sequence[Tensor], clip: float) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
     finite = norms.isfinite()
+    broken = ~finite
     scale = (clip / (norms + 1e-6)).clamp(max=1) if clip else torch.ones_like(norms)
     for gradient in gradients:
         shape = (-1, *[1] * (gradient.ndim - 1))
-        gradient.mul_(scale.view(shape)).masked_fill_(~finite.view(shape), 0)
+        gradient.mul_(scale.view(shape)).masked_fill_(broken.view(shape), 0)
     return finite
 
 
