@@ -124,7 +124,7 @@ def regbench(run: Run, seeds: list[int]) -> Rows:
     """Words of random automata, another for every sequence."""
     if run.budget == "cpu":
         return lambda: [Measured("regbench", "not measured", None, "trained in the gpu budget")]
-    width, length, batch, steps, test = run.choose(smoke=(16, 16, 2, 1, 4), cpu=None, gpu=(128, 256, 32, 800, 512))
+    width, length, batch, steps, test = run.choose(smoke=(16, 16, 2, 1, 4), cpu=None, gpu=(128, 256, 32, 700, 512))
     task = RegBench(length=length, test_size=test)
     plans = {name: plan.format(quarter=width // 4) for name, plan in _REGBENCH.items()}
     run.sizes["regbench"] = {"task": str(task), "width": width, "layers": 2, "batch": batch, "steps": steps}
