@@ -165,8 +165,8 @@ class Liger(Attention):
         queries, keys, values = self.project(x)
         outputs, window = self.look(queries, keys, values, state.window, reset)
         gates = self.gate_source(x, keys)
-        keys, values, gates = (self._shared(widened(y)) for y in (keys, values, gates))
-        read, memory, slot_keys = self._remember(widened(queries), keys, values, gates, state, reset)
+        queries, keys, values, gates = (widened(y) for y in (queries, keys, values, gates))
+        read, memory, slot_keys = self._remember(queries, keys, values, gates, state, reset)
         outputs = self.mixed * read.to(outputs.dtype) + (1 - self.mixed) * outputs
         return self.to_output(outputs.flatten(-2)), LigerState(memory, slot_keys, window)
 
@@ -191,12 +191,19 @@ class Liger(Attention):
         state: LigerState,
         reset: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What is read from the memory at every step, and the memory after the last; slots' values, then keys."""
+        """What is read from the memory at every step, and the memory after the last; slots' values, then keys.
+
+        What the heads that share keys have in common is computed before it is repeated for them.
+        """
         log_decay = None if self.gate == "none" else F.logsigmoid(gates)
         if self.recurrence == "hgrn2":
             keys = torch.sigmoid(-gates)
         elif log_decay is not None:
             log_decay = log_decay / self.gate_normalizer
+        if self.recurrence == "gla" and self.key_features is None:
+            keys = keys.softmax(-1)
+        keys, values = self._shared(keys), self._shared(values)
+        log_decay = None if log_decay is None else self._shared(log_decay)
         if self.recurrence == "gsa":
             assert log_decay is not None and state.slot_keys is not None
             slots = (state.slot_keys, state.memory)
@@ -206,7 +213,7 @@ class Liger(Attention):
             queries, keys = hedgehog(queries, self.query_features), hedgehog(keys, self.key_features)
             log_decay = None if log_decay is None else torch.cat([log_decay, log_decay], dim=-1)
         else:
-            queries, keys = queries.softmax(-1), keys.softmax(-1) if self.recurrence == "gla" else keys
+            queries = queries.softmax(-1)
         outputs, memory = linear_attention(queries, keys, values, log_decay, state.memory, reset=reset)
         return outputs, memory, None
 
