@@ -12,7 +12,7 @@ first, then combined, and the walks start from there. All sums have one order: r
 
 Half precision is multiplied on the tensor cores and summed in float32, float32 multiplied in full. The first
 derivative is that of the formula, through normaliser, maximum and states; a second one is refused. Kept for it, beside
-the arguments and h: the last state, and eight numbers per token and head.
+the arguments and h: the last state, eight numbers per token and head, and in bfloat16 what h lost when it was rounded.
 
 In float32 results err by 1e-7 to 1e-6 of their size. Where keys have any sign and decays are weak, denominators come
 near 0 and errors grow as 1 / den, in dq, dk and the gates' gradients as its square: at log-forget −1e-4 to 1e-5 after
@@ -40,8 +40,9 @@ from ostinato.ops.kernels.triton.exponential_attention_launch import WIDEST
 from ostinato.ops.kernels.triton.exponential_attention_memory import outputs_kernel
 from ostinato.ops.kernels.triton.launch import fitting, power_of_two, without_second_derivative
 
-_Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""h, the last state's three, and what is kept: states that enter segments, normalisers that do, and the gates' four."""
+_Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""h, the last state's three, and what is kept: states that enter segments, normalisers that do, the gates' four, and
+what h lost when it was rounded."""
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,6 +99,7 @@ def _forward(
     call = launches.call(queries, values)
     queries, keys, values = launches.whole(queries), launches.whole(keys), launches.whole(values)
     outputs, last, last_sum, *start, gates = _empty(call, values, reset is not None)
+    lost = torch.empty_like(outputs) if call.terms else outputs
     launches.gates(call, gates, log_input.contiguous(), log_forget.contiguous(), _flat(maximum), _flat(reset))
     reach, source, enter, leave, inverse, side = gates.per_token[:6].unbind(0)
     initial: tuple[Tensor | None, Tensor | None] = (_flat(memory), _flat(normalizer))
@@ -113,7 +115,8 @@ def _forward(
             launches.sequence(queries, *of_keys), launches.sequence(keys, *of_keys),
             launches.sequence(values, *of_values),
             gates.per_token[-1], reach, source, enter, leave, gates.carried, gates.maximum, gates.first_token,
-            *initial, launches.sequence(outputs, *of_values), inverse, side, last, last_sum,
+            *initial, launches.sequence(outputs, *of_values), launches.sequence(lost, *of_values),
+            inverse, side, last, last_sum,
             call.time, call.heads, call.chunks, walk.segment, walk.segments, eps,
             HAS_INITIAL=initial[0] is not None, HAS_RESET=reset is not None, EXACT=call.exact,
             BLOCK_KEYS=walk.block_keys, BLOCK_VALUES=walk.block_values, STAGES=walk.stages, num_warps=walk.warps,
@@ -121,15 +124,18 @@ def _forward(
         )  # fmt: skip
 
     fitting(call.key("outputs", reset is not None), launch, walk.smaller("block_values"))
-    return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1]  # type: ignore[return-value]
+    lost = lost if call.terms else outputs.new_empty(0)
+    return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1], lost  # type: ignore[return-value]
 
 
 @_forward.register_fake
 def _(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> _Made:
     reset = rest[-2]
-    outputs, last, last_sum, *start, gates = _empty(launches.call(queries, values), values, reset is not None)
+    call = launches.call(queries, values)
+    outputs, last, last_sum, *start, gates = _empty(call, values, reset is not None)
     outputs = outputs.contiguous()
-    return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1]  # type: ignore[return-value]
+    lost = outputs.new_empty(outputs.shape if call.terms else (0,))
+    return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1], lost  # type: ignore[return-value]
 
 
 @torch.library.custom_op("ostinato::exponential_attention_backward", mutates_args=())
@@ -157,6 +163,7 @@ def _backward(
     maxima: Tensor,
     first_token: Tensor,
     carried: Tensor,
+    lost: Tensor,
 ) -> _Gradients:
     call = launches.call(queries, values)
     queries, keys, values, grads = map(launches.whole, (queries, keys, values, grads))
@@ -167,8 +174,9 @@ def _backward(
     delta, read, read_sum, by_maximum = per_token.new_empty(4, call.rows, tokens).unbind(0)
     all_values = (call.length, launches.block(call.values, WIDEST))
     shares_kernel[(call.rows, call.chunks)](
-        launches.sequence(outputs, *all_values), launches.sequence(grads, *all_values),
-        inverse, side, enter, delta, read, read_sum, by_maximum, call.heads, tokens, eps,
+        launches.sequence(outputs, *all_values), launches.sequence(lost if call.terms else outputs, *all_values),
+        launches.sequence(grads, *all_values),
+        inverse, side, enter, delta, read, read_sum, by_maximum, call.heads, tokens, eps, HAS_LOST=call.terms > 0,
         BLOCK_VALUES=all_values[1], LENGTH=call.length,
     )  # fmt: skip
 
@@ -247,10 +255,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, outputs, last, last_sum, entering, entering_sum, per_token, maxima, first, carried = ctx.saved_tensors
-    kept = (outputs, last, last_sum, entering, entering_sum, per_token, maxima, first, carried)
+    # The operator's arguments but ε, then all that it makes but the last maximum.
+    inputs, kept = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
     grads, *of_state = cotangents[:4]
-    grads = torch.zeros_like(outputs) if grads is None else grads
+    grads = torch.zeros_like(kept[0]) if grads is None else grads
     found = call_once(_backward, grads, *of_state, *inputs, ctx.eps, *kept)
     return *found[:5], *((None,) * 3 if inputs[5] is None else found[5:]), None, None
 

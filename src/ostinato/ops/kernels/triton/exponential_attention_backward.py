@@ -13,12 +13,13 @@ computed before, by `states_kernel` forward and in reverse):
 
 The gradient of log W_ts is M = S ⊙ dS.
 
-In bfloat16, in units of the error that rounding the exact result makes (64 channels, random arguments, in the
-interpreter): h and dv err by 1.4, for the pairs P and the state are rounded where they enter products; dq and dk by
-1.7, for dS is rounded, too (with it in float32: 1.4), and so is h, which δ is made of (1.55; with both 1.25). Two terms
-of bfloat16 for dS would be 9 % more products, forward and backward, and an unrounded δ one more copy of h. Neither is
-done, as denominators near 0 (dq 2 to 5 at log-forget −1e-4) and keys of one sign (dq 3, for then the error of δ adds
-up) cost more, and still do (2.7 and 2.1) with both in float32: h is made of rounded products.
+In bfloat16 what is computed enters products in two terms, and δ is made of h with two: pairs of tokens, forward the
+memory that is read, and what is added to it. One rounding each is left, of the states at the borders of chunks, C and Ċ
+here. In units of the error that rounding the exact result makes (64 channels, 256 steps, in the interpreter): h, dq and
+dk err by 1.0 to 1.1, dv by 1.4, also where decays are weak (log-forget −4e-3) and where keys have one sign; dq by 1.3
+where both is so. With one term everywhere dq errs by 2.5 to 3.2: δ and dS nearly cancel, Σ_s dS_ts S_ts = 0 up to what
+is read of the state, so that errors of h stand beside a small result, the more where denominators come near 0. Without
+the second term of the memory h errs by 1.6 and dq by 1.5 at weak decays, up to 3 where denominators come near 0.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import triton.language as tl
 from ostinato.ops.kernels.triton.chunk_parts import operand
 from ostinato.ops.kernels.triton.exponential_attention_gates import SIZES
 from ostinato.ops.kernels.triton.exponential_attention_memory import (
+    add_by_left,
     chunk_weights,
     load_tile,
     store_tile,
@@ -38,6 +40,7 @@ from ostinato.ops.kernels.triton.exponential_attention_memory import (
 @triton.jit(do_not_specialize=SIZES)
 def shares_kernel(
     outputs,
+    lost,
     grads,
     inverse,
     side,
@@ -49,6 +52,7 @@ def shares_kernel(
     heads,
     length,
     eps,
+    HAS_LOST: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
@@ -61,9 +65,11 @@ def shares_kernel(
     head = row % heads
     token = tl.program_id(1) * LENGTH
     at = row.to(tl.int64) * length + token + tl.arange(0, LENGTH)
-    h = load_tile(outputs, batch, head, token, 0, LENGTH, BLOCK_VALUES)
+    h = load_tile(outputs, batch, head, token, 0, LENGTH, BLOCK_VALUES).to(tl.float32)
+    if HAS_LOST:
+        h += load_tile(lost, batch, head, token, 0, LENGTH, BLOCK_VALUES).to(tl.float32)
     g = load_tile(grads, batch, head, token, 0, LENGTH, BLOCK_VALUES)
-    along = tl.sum(h.to(tl.float32) * g.to(tl.float32), axis=1)
+    along = tl.sum(h * g.to(tl.float32), axis=1)
     factor = tl.load(inverse + at)
     share = along * tl.load(side + at)
     seen = tl.load(enter + at) * factor
@@ -86,7 +92,7 @@ def _by_scores(
     weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
     weights *= tl.load(inverse + at)[:, None]
     by_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION) - tl.load(delta + at)[:, None]
-    return g, v, operand(by_scores * weights, WIDE, PRECISION)
+    return g, v, by_scores * weights
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -97,8 +103,8 @@ def chunk_gradients_kernel(
     grad_queries, grad_keys, grad_values, inner, through,
     heads, chunks, rows,
     KEYS: tl.constexpr, VALUES: tl.constexpr, HAS_RESET: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, LENGTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_VALUES: tl.constexpr,
-    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, LENGTH: tl.constexpr, TERMS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, BLOCK_VALUES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Three programs a chunk, for dq, dk and dv; they run side by side and find each other's loads in the cache.
 
@@ -134,7 +140,7 @@ def chunk_gradients_kernel(
             )
             by_queries += seen_sum[:, None] * n[None, :]
             into += tl.sum(q.to(tl.float32) * by_queries, axis=1)
-            by_queries = tl.dot(by_scores, k.to(WIDE), acc=by_queries, input_precision=PRECISION)
+            by_queries = add_by_left(by_queries, by_scores, k, WIDE, PRECISION, TERMS > 0)
             store_tile(grad_queries, by_queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
         tl.store(inner + plane + at, into)
     elif task == 1:
@@ -159,9 +165,9 @@ def chunk_gradients_kernel(
             by_keys = tl.dot(v.to(WIDE), tl.trans(operand(r, WIDE, PRECISION)), input_precision=PRECISION)
             by_keys = (by_keys + rn[None, :]) * kept[:, None]
             out += tl.sum(k.to(tl.float32) * by_keys, axis=1)
-            by_keys = tl.dot(tl.trans(by_scores), q.to(WIDE), acc=by_keys, input_precision=PRECISION)
+            by_keys = add_by_left(by_keys, tl.trans(by_scores), q, WIDE, PRECISION, TERMS > 0)
             store_tile(grad_keys, by_keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
-        pairs = scores * by_scores.to(tl.float32)
+        pairs = scores * by_scores
         strict = tl.where(place[:, None] > place[None, :], pairs, 0.0)
         tl.store(inner + at, tl.sum(strict, axis=1))
         tl.store(inner + 2 * plane + at, out)
@@ -181,6 +187,5 @@ def chunk_gradients_kernel(
         weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
         weights *= tl.load(inverse + at)[:, None]
         by_values *= tl.load(leave + at)[:, None]
-        rounded = tl.trans(operand(scores * weights, WIDE, PRECISION))
-        by_values = tl.dot(rounded, g.to(WIDE), acc=by_values, input_precision=PRECISION)
+        by_values = add_by_left(by_values, tl.trans(scores * weights), g, WIDE, PRECISION, TERMS > 1)
         store_tile(grad_values, by_values, batch, head, token, 0, LENGTH, BLOCK_VALUES)

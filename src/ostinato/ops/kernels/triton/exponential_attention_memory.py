@@ -5,8 +5,8 @@ over a segment of time, a chunk at a time; see `exponential_attention_gates` for
 Arrays of matrices come as tensor descriptors, of (batch, heads, time, channels) and (batch · heads, chunks, key
 channels, value channels).
 Products of matrices are taken of the inputs' type and summed in float32. What is computed is rounded to `WIDE`
-before it enters a product: bfloat16 for bfloat16 inputs, else float32 (multiplied as tf32, whose digits are
-float16's, for float16; in full for float32).
+before it enters a product: bfloat16 for bfloat16 inputs, and again what that lost, as a product of its own; else
+float32 (multiplied as tf32, whose digits are float16's, for float16; in full for float32).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import operand
+from ostinato.ops.kernels.triton.chunk_parts import operand, remainder
 from ostinato.ops.kernels.triton.exponential_attention_gates import SIZES
 
 
@@ -46,6 +46,28 @@ def store_matrix(array, tile, row, column, rows, columns, ROWS: tl.constexpr, CO
     c = column + tl.arange(0, COLUMNS)
     at = array + r[:, None] * columns + c[None, :]
     tl.store(at, tile.to(array.dtype.element_ty), mask=(r < rows)[:, None] & (c < columns)[None, :])
+
+
+@triton.jit
+def add_by_left(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """acc + left @ right, where `left`, in float32, enters in one term or in TWO."""
+    right = right.to(WIDE)
+    high = operand(left, WIDE, PRECISION)
+    acc = tl.dot(high, right, acc=acc, input_precision=PRECISION)
+    if TWO:
+        acc = tl.dot(remainder(left, high), right, acc=acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def add_by_right(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """acc + left @ right, where `right`, in float32, enters in one term or in TWO."""
+    left = left.to(WIDE)
+    high = operand(right, WIDE, PRECISION)
+    acc = tl.dot(left, high, acc=acc, input_precision=PRECISION)
+    if TWO:
+        acc = tl.dot(left, remainder(right, high), acc=acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -91,6 +113,7 @@ def states_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     LENGTH: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
 ):
@@ -134,8 +157,7 @@ def states_kernel(
         scale = tl.load(gate + tokens + token + place)
         sum_scale = tl.load(sum_gate + tokens + token + place)
         kept = tl.load(carried + row * chunks + chunk)
-        scaled = operand(b.to(tl.float32) * scale[:, None], WIDE, PRECISION)
-        state = tl.dot(tl.trans(a.to(WIDE)), scaled, acc=state * kept, input_precision=PRECISION)
+        state = add_by_right(state * kept, tl.trans(a), b.to(tl.float32) * scale[:, None], WIDE, PRECISION, TERMS > 1)
         total = total * kept + tl.sum(a.to(tl.float32) * sum_scale[:, None], axis=0)
         product *= kept
     store_matrix(last + whole * VALUES, state, key, value, KEYS, VALUES, BLOCK_KEYS, BLOCK_VALUES)
@@ -197,6 +219,7 @@ def outputs_kernel(
     initial,
     initial_sum,
     outputs,
+    lost,
     inverse,
     side,
     last,
@@ -215,6 +238,7 @@ def outputs_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     LENGTH: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -222,7 +246,7 @@ def outputs_kernel(
     """h of a segment and of a block of value channels, and the last state.
 
     Also, for the gradients, 1 / (max(|den|, exp(−m)) + ε) and its derivative's side: sign(den) where |den| is the
-    greater, else 0 (at a tie half, as torch.maximum has it).
+    greater, else 0 (at a tie half, as torch.maximum has it); with two TERMS also `lost`, by h when it was rounded.
     """
     where = tl.program_id(1)
     row = where // segments
@@ -246,13 +270,14 @@ def outputs_kernel(
         q = load_tile(queries, batch, head, token, 0, LENGTH, BLOCK_KEYS)
         k = load_tile(keys, batch, head, token, 0, LENGTH, BLOCK_KEYS)
         v = load_tile(values, batch, head, token, value, LENGTH, BLOCK_VALUES)
-        weights = chunk_weights(decayed, reach, source, first_token, at, HAS_RESET, EXACT, LENGTH)
-        grown = tl.load(enter + at + place)
         kept = tl.load(leave + at + place)
         through = tl.load(carried + row * chunks + chunk)
+        grown = tl.load(enter + at + place)
+        nothing = tl.zeros([LENGTH, BLOCK_VALUES], tl.float32)
+        read = add_by_right(nothing, q, state, WIDE, PRECISION, TERMS > 1) * grown[:, None]
+        weights = chunk_weights(decayed, reach, source, first_token, at, HAS_RESET, EXACT, LENGTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * weights
-        read = tl.dot(q.to(WIDE), operand(state, WIDE, PRECISION), input_precision=PRECISION) * grown[:, None]
-        numerator = tl.dot(operand(scores, WIDE, PRECISION), v.to(WIDE), acc=read, input_precision=PRECISION)
+        numerator = add_by_left(read, scores, v, WIDE, PRECISION, TERMS > 0)
         denominator = tl.sum(scores, axis=1) + grown * tl.sum(q.to(tl.float32) * total[None, :], axis=1)
         # All is multiplied by exp(min(m, 0)), so that nothing overflows for m ≪ 0.
         now = tl.load(maximum + at + place).to(tl.float32)
@@ -261,14 +286,16 @@ def outputs_kernel(
         size = tl.abs(denominator) * scale
         floor = tl.exp(shift - now)
         factor = tl.where(token + place < time, scale / (tl.maximum(size, floor) + eps * scale), 0.0)
-        store_tile(outputs, numerator * factor[:, None], batch, head, token, value, LENGTH, BLOCK_VALUES)
+        h = numerator * factor[:, None]
+        store_tile(outputs, h, batch, head, token, value, LENGTH, BLOCK_VALUES)
+        if TERMS > 0:
+            store_tile(lost, remainder(h, h.to(outputs.dtype)), batch, head, token, value, LENGTH, BLOCK_VALUES)
         if value == 0:
             share = tl.where(size > floor, 1.0, tl.where(size == floor, 0.5, 0.0))
             signed = tl.where(denominator > 0, share, tl.where(denominator < 0, -share, 0.0))
             tl.store(inverse + at + place, factor)
             tl.store(side + at + place, signed)
-        scaled = operand(v.to(tl.float32) * kept[:, None], WIDE, PRECISION)
-        state = tl.dot(tl.trans(k.to(WIDE)), scaled, acc=state * through, input_precision=PRECISION)
+        state = add_by_right(state * through, tl.trans(k), v.to(tl.float32) * kept[:, None], WIDE, PRECISION, TERMS > 1)
         total = total * through + tl.sum(k.to(tl.float32) * kept[:, None], axis=0)
     if part == segments - 1:
         final = row.to(tl.int64) * KEYS
