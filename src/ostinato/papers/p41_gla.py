@@ -254,7 +254,7 @@ def _recall(run: Run, seeds: list[int]) -> Rows:
         why = "trained in the gpu budget: no room for it on two cores"
         return lambda: [Measured("recall", "not measured", None, why)]
     vocabulary, length, pairs, width, batch, steps, test = run.choose(
-        smoke=(16, 16, 4, 8, 4, 2, 8), cpu=None, gpu=(256, 128, 16, 64, 64, 1000, 1000)
+        smoke=(16, 16, 4, 8, 4, 2, 8), cpu=None, gpu=(256, 128, 16, 64, 64, 1500, 1000)
     )
     task = MultiQueryRecall(vocabulary=vocabulary, length=length, pairs=pairs, test_size=test)
     plans = {name: f"gla(heads=2, expand_k=1, conv=4, {gate})" for name, gate in _RECALL.items()}

@@ -23,7 +23,7 @@ claims = (
         "of MAD's tasks the delta rule leads GLA in all that ask the context",
         theirs="in context 100, 80.8; noisy 100, 81.6; fuzzy 35.7, 6.9; copying 100, 88.6",
     ),
-    Claim("compression", "so where a sequence is told again from one vector", theirs="42.2, 38.8; attention 51.6"),
+    Claim("compression", "and where a sequence is told again from one vector", theirs="42.2, 38.8; attention 51.6"),
     Claim("facts", "and falls behind it where facts are memorised", theirs="52.8, 63.3"),
     Claim("mad mean", "over the six tasks it is ahead of GLA", theirs="71.8, 60.0; attention 74.5"),
     Claim("regbench", "it learns languages in context no worse than GLA and Mamba", theirs="ahead or level (figure)"),
