@@ -41,6 +41,26 @@ def test_it_is_the_step():
 
 
 @on_gpu
+def test_a_fused_step_and_greedy_decoding():
+    model = small("gated_delta_net(heads=2), mlstm").cuda()
+    start, first = model.read("Once upon a time"), torch.tensor([3], device="cuda")
+    captured = CapturedStep(model, start, fused=True)
+    with pytest.raises(ConfigurationError, match="call this object with a token first"):
+        captured.likeliest(1)
+    logits, state = model.advance(first, start)
+    assert torch.allclose(captured(first), logits, atol=1e-5)
+    wanted = []
+    for _ in range(5):
+        wanted.append(logits.argmax(-1))
+        logits, state = model.advance(wanted[-1], state)
+    assert torch.equal(captured.likeliest(5), torch.stack(wanted, dim=1))
+    for (_, ours), (_, theirs) in zip(ostinato.state.leaves(captured.state), ostinato.state.leaves(state), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    with pytest.raises(ConfigurationError, match="either compiled or fused"):
+        CapturedStep(model, start, compile=True, fused=True)
+
+
+@on_gpu
 def test_a_growing_state_and_a_wrong_input_are_refused():
     model = small("attention").cuda()
     with pytest.raises(ConfigurationError, match="grows"):

@@ -40,7 +40,17 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: Any, reset: Tensor | None, context: dict[str, Any]
     ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
-        """The block's output and its mixer's state; the mixer is handed what it `needs` and `takes` of the context."""
+        """The block's output and its mixer's state."""
+        mixed, state = self.mix(x, state, reset, context)
+        if self.channel_mixer is None or self.channel_norm is None:
+            return x + self.dropout(mixed), state
+        x, normed = self.channel_norm.behind_sum(x, self.dropout(mixed))
+        return x + self.dropout(self.channel_mixer(normed)), state
+
+    def mix(
+        self, x: Tensor, state: Any, reset: Tensor | None, context: dict[str, Any]
+    ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
+        """mixer(norm(x)) and its state; the mixer is handed what it `needs` and `takes` of the context."""
         given = {}
         for name in self.mixer.needs:
             if name not in context:
@@ -50,11 +60,8 @@ class Block(nn.Module):
                 )
             given[name] = context[name]
         given |= {name: context[name] for name in self.mixer.takes if name in context}
-        mixed, state = self.mixer(self.norm(x), state, reset=reset, **given)
-        if self.channel_mixer is None or self.channel_norm is None:
-            return x + self.dropout(mixed), state
-        x, normed = self.channel_norm.behind_sum(x, self.dropout(mixed))
-        return x + self.dropout(self.channel_mixer(normed)), state
+        result: tuple[Tensor, Any] = self.mixer(self.norm(x), state, reset=reset, **given)
+        return result
 
 
 class Backbone(nn.Module):

@@ -6,10 +6,12 @@ and the last state. `ostinato.ops.routes` says how one is computed, and how to c
 
 from ostinato.ops.attention import attention
 from ostinato.ops.delta_rule import delta_rule
+from ostinato.ops.delta_step import delta_step
 from ostinato.ops.diagonal_scan import diagonal_scan
 from ostinato.ops.exponential_attention import exponential_attention
 from ostinato.ops.kernels import load as _load_kernels
 from ostinato.ops.linear_attention import linear_attention
+from ostinato.ops.linear_step import linear_step, projections_step, swiglu_step
 from ostinato.ops.long_convolution import long_convolution
 from ostinato.ops.newton_scan import newton_scan
 from ostinato.ops.normalization import add_rms_norm, gated_rms_norm, rms_norm
@@ -31,15 +33,19 @@ __all__ = [
     "attention",
     "backend",
     "delta_rule",
+    "delta_step",
     "diagonal_scan",
     "exponential_attention",
     "gated_rms_norm",
     "linear_attention",
+    "linear_step",
     "long_convolution",
     "newton_scan",
+    "projections_step",
     "recurrent_scan",
     "rms_norm",
     "short_convolution",
     "swiglu",
+    "swiglu_step",
     "taylor_attention",
 ]

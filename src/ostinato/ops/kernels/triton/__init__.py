@@ -76,6 +76,24 @@ def _matrix_step() -> ModuleType:
     return matrix_step
 
 
+def _linear_step() -> ModuleType:
+    from ostinato.ops.kernels.triton import linear_step
+
+    return linear_step
+
+
+def _projections_step() -> ModuleType:
+    from ostinato.ops.kernels.triton import projections_step
+
+    return projections_step
+
+
+def _delta_step() -> ModuleType:
+    from ostinato.ops.kernels.triton import delta_step
+
+    return delta_step
+
+
 def _register(engine: str, module: Callable[[], ModuleType]) -> None:
     def refuses(*arguments: Any) -> str | None:
         return unavailable(arguments) or module().refuses(*arguments)
@@ -98,6 +116,9 @@ for _engine, _module in {
     "short_convolution": _short_convolution,
     "rms_norm": _normalization,
     "swiglu": _swiglu,
+    "linear_step": _linear_step,
+    "projections_step": _projections_step,
+    "delta_step": _delta_step,
 }.items():
     _register(_engine, _module)
 

@@ -1,0 +1,233 @@
+"""A model's step in few launches: what stands between two matrix products is done by the products' own kernels.
+
+    step = fused_step(model)
+    logits, state = step(token, state)      # the state is changed in place
+
+A layer of a delta-rule mixer and a SwiGLU is five launches: norm, projections and short convolution; the memory's step
+with its gates; gated norm, output map and sum; norm and SwiGLU's inner half; its output map and sum. What is not known
+here (another mixer, an adapted map, a module with hooks) computes as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ostinato.layers.rms_norm import RMSNorm
+from ostinato.layers.swiglu import SwiGLU
+from ostinato.mixers.base import Mixer
+from ostinato.mixers.delta_net import DeltaNet, DeltaRuleMixer
+from ostinato.mixers.delta_product import DeltaProduct, GatedDeltaProduct
+from ostinato.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaRuleMixer
+from ostinato.mixers.heads import MatrixState
+from ostinato.mixers.parts import GatedNorm
+from ostinato.models.backbone import Backbone, Block
+from ostinato.models.language import LanguageModel, LanguageState
+from ostinato.ops.chained import chained
+from ostinato.ops.delta_rule import delta_rule
+from ostinato.ops.delta_step import delta_step
+from ostinato.ops.linear_step import Window, linear_step, projections_step, swiglu_step
+
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+
+
+def fused_step(model: nn.Module) -> Step:
+    """`model.step` with as few launches as are known, for generation.
+
+    Args:
+        model: a language model or a backbone; of any other module it is the module's own `step`. It is looked at when
+            the step is made: what is replaced or adapted later is not seen, new values of parameters are.
+
+    Returns a function of the input of one step and the state, which returns the output and the state. Where a layer is
+    known the state given is changed in place and returned; where it is not, its state is a new one. Without gradients
+    and without dropout; the state's layout, and the results up to rounding, are those of `step`.
+    """
+    if type(model) is LanguageModel and _unwatched(model.embedding, model.backbone, model.backbone.norm, model.head):
+        return _generating(_language_step(model))
+    if type(model) is Backbone and _unwatched(model.norm):
+        layers = _layers(model)
+
+        def step(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            x, state = layers(x, state, {})
+            return model.norm(x), state
+
+        return _generating(step)
+    return model.step  # type: ignore[return-value]
+
+
+def _generating(step: Step) -> Step:
+    """Without gradients, each launch started before the one before it is done: no layer writes the next one's state."""
+
+    def generating(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        with torch.no_grad(), chained():
+            return step(x, state)
+
+    return generating
+
+
+def _language_step(model: LanguageModel) -> Step:
+    layers = _layers(model.backbone)
+    norm = model.backbone.norm
+    plain_head = model.head is None or _plain(model.head)
+
+    def step(tokens: Tensor, state: LanguageState) -> tuple[Tensor, LanguageState]:
+        x, after = layers(model.embedding(tokens), state.layers, {"tokens": tokens.unsqueeze(1)})
+        if plain_head:
+            weight = model.embedding.weight if model.head is None else model.head.weight
+            logits, output = linear_step(x, weight, norm=norm.weight, eps=_eps(norm))
+        else:
+            output = norm(x)
+            logits = model._logits(output)
+        return logits, LanguageState(after, output)
+
+    return step
+
+
+def _layers(backbone: Backbone) -> Callable[[Tensor, Any, dict[str, Any]], tuple[Tensor, Any]]:
+    blocks = [_layer(block) for block in backbone.blocks]  # type: ignore[arg-type]
+
+    def layers(x: Tensor, states: Any, context: dict[str, Any]) -> tuple[Tensor, Any]:
+        after = []
+        for block, state in zip(blocks, states, strict=True):
+            x, state = block(x, state, context)
+            after.append(state)
+        return x, tuple(after)
+
+    return layers
+
+
+def _layer(block: Block) -> Callable[[Tensor, Any, dict[str, Any]], tuple[Tensor, Any]]:
+    """The two halves of a block, each by its fused step where it is known."""
+    mixer, channels = block.mixer, block.channel_mixer
+    both = _known_mixer(block), _known_channels(block)
+
+    def as_ever(x: Tensor, state: Any, context: dict[str, Any]) -> tuple[Tensor, Any]:
+        y, state = block(x.unsqueeze(1), state, None, context)
+        return y.squeeze(1), state
+
+    if not any(both) or not _unwatched(block, block.norm, block.channel_norm):
+        return as_ever
+    known_mixer, known_channels = both
+
+    def layer(x: Tensor, state: Any, context: dict[str, Any]) -> tuple[Tensor, Any]:
+        if known_mixer:
+            x, state = _delta_layer(mixer, x, block.norm, state)  # type: ignore[arg-type]
+        else:
+            mixed, state = block.mix(x.unsqueeze(1), state, None, context)
+            x = x + mixed.squeeze(1)
+        if known_channels:
+            x = _swiglu_layer(channels, x, block.channel_norm)  # type: ignore[arg-type]
+        elif channels is not None and block.channel_norm is not None:
+            x = x + channels(block.channel_norm(x.unsqueeze(1))).squeeze(1)
+        return x, state
+
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------------
+# What is known.
+
+_DELTA: tuple[type[Mixer], ...] = (DeltaNet, GatedDeltaNet, DeltaProduct, GatedDeltaProduct)
+
+
+def _unwatched(*modules: nn.Module | None) -> bool:
+    """Whether nobody wants to see what goes through these modules, or changes it."""
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in modules if m is not None)
+
+
+def _plain(*maps: nn.Module) -> bool:
+    """Whether each of these is a matrix and nothing more."""
+    return all(type(each) is nn.Linear and each.bias is None for each in maps) and _unwatched(*maps)
+
+
+def _eps(norm: nn.RMSNorm) -> float:
+    """Of torch's module, whose None is the type's own."""
+    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+
+
+def _known_mixer(block: Block) -> bool:
+    """Whether `_delta_layer` is what this block's mixer does."""
+    mixer = block.mixer
+    if type(mixer) not in _DELTA or not isinstance(mixer, DeltaRuleMixer) or type(block.norm) is not RMSNorm:
+        return False
+    project = mixer.project
+    maps = [project.to_queries, project.to_keys, project.to_values, mixer.to_beta, mixer.to_output]
+    maps += [each for each in (mixer.to_gate, getattr(mixer, "to_steps", None)) if each is not None]
+    return (
+        _plain(*maps)
+        and _unwatched(*mixer.modules())
+        and type(mixer.norm) is GatedNorm
+        and mixer.scan is delta_rule
+        and (mixer.qk_activation, mixer.qk_norm) == ("silu", "l2")
+    )
+
+
+def _known_channels(block: Block) -> bool:
+    """Whether `_swiglu_layer` is what this block's channel mixer does."""
+    channels = block.channel_mixer
+    return (
+        type(channels) is SwiGLU
+        and type(block.channel_norm) is RMSNorm
+        and _plain(channels.to_gate, channels.to_value, channels.to_output)
+        and _unwatched(channels)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------
+# The steps.
+
+
+def _delta_layer(mixer: DeltaRuleMixer, x: Tensor, norm: RMSNorm, state: MatrixState) -> tuple[Tensor, MatrixState]:
+    """x + mixer(norm(x)) in three launches; the state in place."""
+    project, heads, writes = mixer.project, mixer.heads, mixer.writes
+    # The narrow maps last: what comes before them stays aligned.
+    maps: list[Any] = [project.to_queries, project.to_keys, project.to_values]
+    maps += [mixer.to_gate] if mixer.to_gate is not None else []
+    maps += [mixer.to_beta]
+    maps += [mixer.to_steps] if isinstance(mixer, GatedDeltaRuleMixer) else []
+    window = None
+    if project.convolution is not None and state.window is not None:
+        window = Window(project.convolution.weight, project.convolution.bias, state.window)
+    queries, keys, values, *others = projections_step(
+        x,
+        [each.weight for each in maps],
+        norm=norm.weight,
+        eps=_eps(norm),
+        convolution=window,
+        silu=[place < 3 for place in range(len(maps))],
+    )
+    gate = others.pop(0) if mixer.to_gate is not None else None
+    decay: Any = (None, None, None)
+    if isinstance(mixer, GatedDeltaRuleMixer):
+        decay = (others[1], mixer.log_rate, mixer.step_bias)
+    outputs = delta_step(
+        queries.unflatten(1, (heads, -1)),
+        keys.unflatten(1, (writes, heads, -1)),
+        values.unflatten(1, (writes, heads, -1)),
+        others[0].unflatten(1, (writes, heads)),
+        *decay,
+        state.memory,
+        largest_rate=2.0 if mixer.negative_eigenvalues else 1.0,
+        scale=mixer.key_dim**-0.5,
+    )
+    own: Any = mixer.norm
+    y, _ = linear_step(
+        outputs.flatten(1),
+        mixer.to_output.weight,
+        norm=own.norm.weight,
+        gate=gate,
+        residual=x,
+        eps=own.eps,
+        activation=own.gate or "silu",
+        gate_first=own.gate_first,
+    )
+    return y, state
+
+
+def _swiglu_layer(channels: SwiGLU, x: Tensor, norm: RMSNorm) -> Tensor:
+    """x + channels(norm(x)) in two launches."""
+    hidden = swiglu_step(x, channels.to_gate.weight, channels.to_value.weight, norm=norm.weight, eps=_eps(norm))
+    return linear_step(hidden, channels.to_output.weight, residual=x)[0]
