@@ -77,11 +77,10 @@ def _language_step(model: LanguageModel) -> Step:
         x, after = layers(model.embedding(tokens), state.layers, {"tokens": tokens.unsqueeze(1)})
         if plain_head:
             weight = model.embedding.weight if model.head is None else model.head.weight
-            logits, output = linear_step(x, weight, norm=norm.weight, eps=_eps(norm))
-        else:
-            output = norm(x)
-            logits = model._logits(output)
-        return logits, LanguageState(after, output)
+            logits = linear_step(x, weight, norm=norm.weight, eps=_eps(norm), entered=state.output)
+            return logits, LanguageState(after, state.output)
+        output = norm(x)
+        return model._logits(output), LanguageState(after, output)
 
     return step
 
@@ -200,21 +199,23 @@ def _delta_layer(mixer: DeltaRuleMixer, x: Tensor, norm: RMSNorm, state: MatrixS
         silu=[place < 3 for place in range(len(maps))],
     )
     gate = others.pop(0) if mixer.to_gate is not None else None
-    decay: Any = (None, None, None)
+    steps, log_rate, step_bias = None, None, None
     if isinstance(mixer, GatedDeltaRuleMixer):
-        decay = (others[1], mixer.log_rate, mixer.step_bias)
+        steps, log_rate, step_bias = others[1], mixer.log_rate, mixer.step_bias
     outputs = delta_step(
         queries.unflatten(1, (heads, -1)),
         keys.unflatten(1, (writes, heads, -1)),
         values.unflatten(1, (writes, heads, -1)),
         others[0].unflatten(1, (writes, heads)),
-        *decay,
+        steps,
+        log_rate,
+        step_bias,
         state.memory,
         largest_rate=2.0 if mixer.negative_eigenvalues else 1.0,
         scale=mixer.key_dim**-0.5,
     )
     own: Any = mixer.norm
-    y, _ = linear_step(
+    y = linear_step(
         outputs.flatten(1),
         mixer.to_output.weight,
         norm=own.norm.weight,
@@ -230,4 +231,4 @@ def _delta_layer(mixer: DeltaRuleMixer, x: Tensor, norm: RMSNorm, state: MatrixS
 def _swiglu_layer(channels: SwiGLU, x: Tensor, norm: RMSNorm) -> Tensor:
     """x + channels(norm(x)) in two launches."""
     hidden = swiglu_step(x, channels.to_gate.weight, channels.to_value.weight, norm=norm.weight, eps=_eps(norm))
-    return linear_step(hidden, channels.to_output.weight, residual=x)[0]
+    return linear_step(hidden, channels.to_output.weight, residual=x)

@@ -72,13 +72,15 @@ def _linear_plainly(
     eps: float,
     activation: str,
     gate_first: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
+    entered: Tensor | None,
+) -> Tensor:
     z = _entering(x, norm, gate, eps, activation, gate_first, weights[0].dtype)
     y = F.linear(z, weights[0])
     if len(weights) == 2:
         y = F.silu(y) * F.linear(z, weights[1])
-    return (y if residual is None else residual + y), (z if keep else None)
+    if entered is not None:
+        entered.copy_(z)
+    return y if residual is None else residual + y
 
 
 @_projections.route("parallel", priority=10)
@@ -120,7 +122,7 @@ def _check(x: Tensor, weights: Sequence[Tensor], norm: Tensor | None, **rows: Te
         raise ShapeError(f"norm must be (dim,) with dim a divisor of {inputs}, got {tuple(norm.shape)}")
     for name, tensor in rows.items():
         if tensor is not None:
-            width = inputs if name == "gate" else len(weights[0])
+            width = len(weights[0]) if name == "residual" else inputs
             check_shape(name, tensor, (len(x), width), "batch channels")
 
 
@@ -134,8 +136,9 @@ def linear_step(
     eps: float = 1e-5,
     activation: str = "silu",
     gate_first: bool = False,
-) -> tuple[Float[Tensor, "batch outputs"], Float[Tensor, "batch inputs"]]:
-    """y = W z + residual, and z.
+    entered: Float[Tensor, "batch inputs"] | None = None,
+) -> Float[Tensor, "batch outputs"]:
+    """y = W z + residual.
 
     Args:
         x: the vectors.
@@ -145,6 +148,7 @@ def linear_step(
         gate: z is multiplied by act(gate) after its norm, or before it with `gate_first`.
         residual: added to the product.
         activation: of the gate, "silu" or "sigmoid".
+        entered: z is written into it, where it is wanted too.
 
     z is in W's type, y in the wider one of W's and the residual's. No derivatives on the GPU's route.
 
@@ -154,9 +158,9 @@ def linear_step(
     """
     if activation not in GATES:
         raise ConfigurationError(f"activation must be one of {', '.join(GATES)}, got {activation!r}")
-    _check(x, [weight], norm, gate=gate, residual=residual)
-    y, z = _linear(x, (weight,), norm, gate, residual, eps, activation, gate_first, True)
-    return y, z
+    _check(x, [weight], norm, gate=gate, residual=residual, entered=entered)
+    result: Tensor = _linear(x, (weight,), norm, gate, residual, eps, activation, gate_first, entered)
+    return result
 
 
 def swiglu_step(
@@ -170,7 +174,7 @@ def swiglu_step(
     """silu(W_g z) ⊙ W_v z, with z the norm of x as in `linear_step`; in the weights' type. Raises as `linear_step`."""
     _check(x, [gate_weight, value_weight], norm)
     check_shape("value_weight", value_weight, tuple(gate_weight.shape), "outputs inputs, as gate_weight")
-    result: Tensor = _linear(x, (gate_weight, value_weight), norm, None, None, eps, "silu", False, False)[0]
+    result: Tensor = _linear(x, (gate_weight, value_weight), norm, None, None, eps, "silu", False, None)
     return result
 
 

@@ -18,6 +18,14 @@ LARGEST_KEY = 512
 
 
 @triton.jit
+def softplus(x):
+    """max(x, 0) + log(1 + u), u = exp(−|x|), where u keeps its digits beside the 1 (Kahan's correction)."""
+    u = tl.exp(-tl.abs(x))
+    above = 1.0 + u
+    return tl.maximum(x, 0.0) + tl.where(above == 1.0, u, tl.log(above) * (u / (above - 1.0)))
+
+
+@triton.jit
 def _delta(
     queries, keys, values, rates, steps, log_rate, step_bias, memory, outputs,
     q_row, k_row, v_row, rate_row, step_row, largest_rate, eps, scale,
@@ -41,8 +49,7 @@ def _delta(
         query = query.to(queries.dtype.element_ty).to(tl.float32)
     if DECAY:
         raw = tl.load(steps + batch * step_row + head).to(tl.float32) + offset
-        # softplus: max(x, 0) + log(1 + exp(−|x|))
-        held *= tl.exp(speed * (tl.maximum(raw, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(raw)))))
+        held *= tl.exp(speed * softplus(raw))
     for write in tl.static_range(WRITES):
         at = write * HEADS + head
         key = tl.load(keys + batch * k_row + at * KEY_DIM + k_index, mask=k_mask, other=0.0).to(tl.float32)

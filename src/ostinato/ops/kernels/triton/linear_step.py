@@ -26,10 +26,10 @@ from ostinato.ops.kernels.triton.step_parts import (
 
 @triton.jit
 def _linear(
-    x, gate, norm, first, second, residual, outputs, kept, x_row, gate_row, residual_row, eps,
+    x, gate, norm, first, second, residual, outputs, entered, x_row, gate_row, residual_row, entered_row, eps,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
     NORM: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, PAIRED: tl.constexpr,
-    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, DEPENDENT: tl.constexpr,
+    RESIDUAL: tl.constexpr, ENTERED: tl.constexpr, DEPENDENT: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -53,9 +53,9 @@ def _linear(
         )  # fmt: skip
         rounded = z.to(first.dtype.element_ty)  # what a product of its own would read
         z = rounded.to(tl.float32)
-        if KEEP:  # noqa: SIM102 (one is known when this is compiled, the other is not)
+        if ENTERED:  # noqa: SIM102 (one is known when this is compiled, the other is not)
             if tl.program_id(0) == 0:
-                tl.store(kept + batch * GROUPS * DIM + place, rounded, mask=inside)
+                tl.store(entered + batch * entered_row + place, rounded, mask=inside)
         y = rows_times(weight, z).to(first.dtype.element_ty).to(tl.float32)
         if PAIRED:
             y = y * tl.sigmoid(y) * rows_times(other, z).to(first.dtype.element_ty).to(tl.float32)
@@ -70,10 +70,15 @@ def refuses(
     norm: Tensor | None,
     gate: Tensor | None,
     residual: Tensor | None,
-    *_: object,
+    eps: float,
+    activation: str,
+    gate_first: bool,
+    entered: Tensor | None,
 ) -> str | None:
     """Why this call cannot be served, or None."""
-    return refusal((x, weights, norm, gate, residual), x) or unfit(weights)
+    if entered is not None and entered.stride(-1) != 1:
+        return "what z is written into is not contiguous"
+    return refusal((x, weights, norm, gate, residual, entered), x) or unfit(weights)
 
 
 def declines(*_: object) -> str | None:
@@ -90,22 +95,21 @@ def run(
     eps: float,
     activation: str,
     gate_first: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
+    entered: Tensor | None,
+) -> Tensor:
     """The route."""
     (batch, inputs), outputs = x.shape, weights[0].shape[0]
     dim = inputs if norm is None else len(norm)
     dtype = weights[0].dtype if residual is None else torch.promote_types(weights[0].dtype, residual.dtype)
     y = torch.empty(batch, outputs, dtype=dtype, device=x.device)
-    kept = torch.empty(batch, inputs, dtype=weights[0].dtype, device=x.device) if keep else None
     x, gate, residual = rows_of(x), rows_of(gate), rows_of(residual)
     rows, warps = tile(outputs, inputs, weights[0].element_size(), len(weights))
     _linear[(triton.cdiv(outputs, rows),)](
-        x, gate, None if norm is None else norm.contiguous(), weights[0], weights[-1], residual, y, kept,
-        x.stride(0), 0 if gate is None else gate.stride(0), 0 if residual is None else residual.stride(0), eps,
+        x, gate, None if norm is None else norm.contiguous(), weights[0], weights[-1], residual, y, entered,
+        *(0 if tensor is None else tensor.stride(0) for tensor in (x, gate, residual, entered)), eps,
         OUTPUTS=outputs, GROUPS=inputs // dim, DIM=dim, NORM=norm is not None, GATE=gate is not None,
-        SILU=activation == "silu", FIRST=gate_first, PAIRED=len(weights) == 2, RESIDUAL=residual is not None, KEEP=keep,
-        BATCH=batch, ROWS=rows, G=power_of_two(inputs // dim), D=power_of_two(dim), num_warps=warps,
-        **dependent(x.device),
+        SILU=activation == "silu", FIRST=gate_first, PAIRED=len(weights) == 2, RESIDUAL=residual is not None,
+        ENTERED=entered is not None, BATCH=batch, ROWS=rows, G=power_of_two(inputs // dim), D=power_of_two(dim),
+        num_warps=warps, **dependent(x.device),
     )  # fmt: skip
-    return y, kept
+    return y
