@@ -126,14 +126,17 @@ def test_strong_and_weak_decays(device: torch.device, decay: str, strength: floa
 
 
 # An exact result rounded to bfloat16 errs by 1.66e-3 of its norm, to float16 by an eighth of that. The products err by
-# more: of a score and of the state, which are rounded where they enter products; with a decay per channel also of
-# decayed queries, keys and values. The gradient of the decays is a sum of differences of such products.
+# more: of a score and of the state, which are rounded where they enter products. What is decayed enters them in two
+# terms in bfloat16; in float16 in one, and the gradient of the decays is a sum of differences of such products.
 ROUNDING = {torch.bfloat16: 1.66e-3, torch.float16: 2.07e-4}
 
 
 def assert_rounded(found: dict[str, Tensor], wanted: dict[str, Tensor], decay: str) -> None:
-    errors = {name: error(found[name], wanted[name]) / ROUNDING[found["y"].dtype] for name in wanted}
-    bounds = dict.fromkeys(NAMES, 2.2 if decay == "vector" else 1.5) | {"dg": 8.0}
+    dtype = found["y"].dtype
+    errors = {name: error(found[name], wanted[name]) / ROUNDING[dtype] for name in wanted}
+    bounds = dict.fromkeys(NAMES, 1.5)
+    if dtype == torch.float16:
+        bounds = dict.fromkeys(NAMES, 2.2 if decay == "vector" else 1.5) | {"dg": 8.0}
     assert all(errors[name] <= bounds[name] for name in errors), errors
 
 
@@ -141,12 +144,13 @@ def assert_rounded(found: dict[str, Tensor], wanted: dict[str, Tensor], decay: s
 @pytest.mark.parametrize("dtype", ROUNDING if INTERPRETED else [torch.bfloat16])
 def test_half_precision(device: torch.device, decay: str, dtype: torch.dtype) -> None:
     sizes = (1, 1, 32, 32) if INTERPRETED else (1, 2, 128, 64)
-    args = arguments(device, decay, 130 if INTERPRETED else 1000, sizes, dtype)
-    reset = torch.rand(1, args[0].shape[1], device=device) < 0.01
-    found = results(args, reset, "triton")
-    assert found["y"].dtype == dtype
-    assert found["last"].dtype == torch.float32
-    assert_rounded(found, reference(args, reset), decay)
+    for strength in (0.1, 0.01) if dtype == torch.bfloat16 else (0.1,):
+        args = arguments(device, decay, 130 if INTERPRETED else 1000, sizes, dtype, strength)
+        reset = torch.rand(1, args[0].shape[1], device=device) < 0.01
+        found = results(args, reset, "triton")
+        assert found["y"].dtype == dtype
+        assert found["last"].dtype == torch.float32
+        assert_rounded(found, reference(args, reset), decay)
 
 
 @pytest.mark.parametrize("copies", [True, False])

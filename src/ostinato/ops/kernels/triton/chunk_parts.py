@@ -108,3 +108,45 @@ def operand(of, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 def remainder(of, rounded):
     """What `of` lost when it was rounded, rounded itself: the two terms have twice the digits of one."""
     return (of.to(tl.float32) - rounded.to(tl.float32)).to(rounded.dtype)
+
+
+@triton.jit
+def terms(of, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """`of` as a factor of a product, and where there are to be TWO terms what that lost."""
+    high = operand(of, WIDE, PRECISION)
+    if TWO:
+        low = remainder(of, high)
+    else:
+        low = high
+    return high, low
+
+
+@triton.jit
+def plus(acc, left, right, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """acc + left @ right where there are TWO terms, of which one is a factor here; else acc."""
+    if TWO:
+        return tl.dot(left, right, acc=acc, input_precision=PRECISION)
+    else:
+        return acc
+
+
+@triton.jit
+def add_by_left(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """acc + left @ right, where `left` enters in one term or in TWO, one after the other: they share their place."""
+    right = right.to(WIDE)
+    high = operand(left, WIDE, PRECISION)
+    acc = tl.dot(high, right, acc=acc, input_precision=PRECISION)
+    if TWO:
+        acc = tl.dot(remainder(left, high), right, acc=acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def add_by_right(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """acc + left @ right, where `right` enters in one term or in TWO, one after the other."""
+    left = left.to(WIDE)
+    high = operand(right, WIDE, PRECISION)
+    acc = tl.dot(left, high, acc=acc, input_precision=PRECISION)
+    if TWO:
+        acc = tl.dot(left, remainder(right, high), acc=acc, input_precision=PRECISION)
+    return acc

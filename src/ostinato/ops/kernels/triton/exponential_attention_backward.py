@@ -27,10 +27,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import operand
+from ostinato.ops.kernels.triton.chunk_parts import add_by_left, operand
 from ostinato.ops.kernels.triton.exponential_attention_gates import SIZES
 from ostinato.ops.kernels.triton.exponential_attention_memory import (
-    add_by_left,
     chunk_weights,
     load_tile,
     store_tile,

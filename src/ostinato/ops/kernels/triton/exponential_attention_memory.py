@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import operand, remainder
+from ostinato.ops.kernels.triton.chunk_parts import add_by_left, add_by_right, remainder
 from ostinato.ops.kernels.triton.exponential_attention_gates import SIZES
 
 
@@ -46,28 +46,6 @@ def store_matrix(array, tile, row, column, rows, columns, ROWS: tl.constexpr, CO
     c = column + tl.arange(0, COLUMNS)
     at = array + r[:, None] * columns + c[None, :]
     tl.store(at, tile.to(array.dtype.element_ty), mask=(r < rows)[:, None] & (c < columns)[None, :])
-
-
-@triton.jit
-def add_by_left(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
-    """acc + left @ right, where `left`, in float32, enters in one term or in TWO."""
-    right = right.to(WIDE)
-    high = operand(left, WIDE, PRECISION)
-    acc = tl.dot(high, right, acc=acc, input_precision=PRECISION)
-    if TWO:
-        acc = tl.dot(remainder(left, high), right, acc=acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def add_by_right(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
-    """acc + left @ right, where `right`, in float32, enters in one term or in TWO."""
-    left = left.to(WIDE)
-    high = operand(right, WIDE, PRECISION)
-    acc = tl.dot(left, high, acc=acc, input_precision=PRECISION)
-    if TWO:
-        acc = tl.dot(left, remainder(right, high), acc=acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, operand
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, operand, plus, remainder, terms
 from ostinato.ops.kernels.triton.linear_attention_channels import crossings, decays, halving, square, sums
 from ostinato.ops.kernels.triton.linear_attention_parts import (
     chunk_start,
@@ -30,6 +30,7 @@ def _pairs_by_halves(
     FINE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    TWO: tl.constexpr,
 ):
     """Decayed scores (reader, written), without mask."""
     step = tl.arange(0, ROWS)
@@ -38,8 +39,10 @@ def _pairs_by_halves(
         size = 1 << level
         between, late = halving(step, size)
         reads = late == 0 if REVERSE else late
-        both = operand(tl.where(reads[:, None], x, z) * tl.exp2(sums(between, g, FINE)), WIDE, PRECISION)
+        both, rest = terms(tl.where(reads[:, None], x, z) * tl.exp2(sums(between, g, FINE)), WIDE, PRECISION, TWO)
         decayed = tl.dot(both, tl.trans(both), input_precision=PRECISION)
+        decayed = plus(decayed, both, tl.trans(rest), PRECISION, TWO)
+        decayed = plus(decayed, rest, tl.trans(both), PRECISION, TWO)
         scores = tl.where(square(step, size, reads), decayed, scores)
     return scores
 
@@ -89,6 +92,7 @@ def by_key(
     PRECISION: tl.constexpr,
     STRONG: tl.constexpr,
     STAGES: tl.constexpr,
+    TWO: tl.constexpr,
 ):
     """Outputs, or (OUTPUTS false) only what a segment adds to the state, and how much of each key channel it keeps."""
     segments = tl.num_programs(1)
@@ -136,39 +140,48 @@ def by_key(
             total = tile(centred, start, heads * KEY_DIM, time, 0, batch, head, KEY_DIM, ROWS, BK, COPIED)
             if REVERSE:
                 total = -total
-            wrote = operand(z * tl.exp2(-total), WIDE, PRECISION)
             state = state * tl.exp2(half)[:, None]
             if OUTPUTS:
-                read = operand(x * tl.exp2(total), WIDE, PRECISION)
+                read, rest = terms(x * tl.exp2(total), WIDE, PRECISION, TWO)
+                entering = operand(state, WIDE, PRECISION)
+                y = plus(tl.dot(read, entering, input_precision=PRECISION), rest, entering, PRECISION, TWO)
+            decayed = z * tl.exp2(-total)
+            wrote = operand(decayed, WIDE, PRECISION)
+            if OUTPUTS:
                 scores = tl.dot(read, tl.trans(wrote), input_precision=PRECISION)
-                y = tl.dot(read, operand(state, WIDE, PRECISION), input_precision=PRECISION)
+                scores = plus(scores, rest, tl.trans(wrote), PRECISION, TWO)
+            wrote_rest = remainder(decayed, wrote)  # This late, it takes the place of what came before.
+            if OUTPUTS:
+                scores = plus(scores, read, tl.trans(wrote_rest), PRECISION, TWO)
                 if RESET:
                     y = tl.where(enters[:, None], y, 0.0)
                 y = tl.dot(operand(tl.where(keep, scores, 0.0), WIDE, PRECISION), u, acc=y, input_precision=PRECISION)
             if RESET:
                 wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
+                wrote_rest = tl.where(leaves[:, None], wrote_rest, tl.zeros_like(wrote_rest))
                 state = state * kept_of_state
-            state = tl.dot(tl.trans(wrote), u, acc=state, input_precision=PRECISION) * tl.exp2(half)[:, None]
+            state = tl.dot(tl.trans(wrote), u, acc=state, input_precision=PRECISION)
+            state = plus(state, tl.trans(wrote_rest), u, PRECISION, TWO) * tl.exp2(half)[:, None]
         else:
             g, before, after = decays(
                 log_decay, reset, start, heads * KEY_DIM, time, 0, KEY_DIM, ROWS, BK, RESET, REVERSE, FINE
             )
             if OUTPUTS:
-                y = tl.dot(
-                    operand(x * tl.exp2(before), WIDE, PRECISION),
-                    operand(state, WIDE, PRECISION),
-                    input_precision=PRECISION,
-                )
+                read, rest = terms(x * tl.exp2(before), WIDE, PRECISION, TWO)
+                entering = operand(state, WIDE, PRECISION)
+                y = plus(tl.dot(read, entering, input_precision=PRECISION), rest, entering, PRECISION, TWO)
                 if RESET:
                     y = tl.where(enters[:, None], y, 0.0)
-                scores = _pairs_by_halves(x, z, g, levels, ROWS, REVERSE, FINE, PRECISION, WIDE)
+                scores = _pairs_by_halves(x, z, g, levels, ROWS, REVERSE, FINE, PRECISION, WIDE, TWO)
                 y = tl.dot(operand(tl.where(keep, scores, 0.0), WIDE, PRECISION), u, acc=y, input_precision=PRECISION)
-            wrote = operand(z * tl.exp2(after), WIDE, PRECISION)
+            wrote = z * tl.exp2(after)
             state = state * tl.exp2(of_chunk)[:, None]
             if RESET:
-                wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
+                wrote = tl.where(leaves[:, None], wrote, 0.0)
                 state = state * kept_of_state
+            wrote, wrote_rest = terms(wrote, WIDE, PRECISION, TWO)
             state = tl.dot(tl.trans(wrote), u, acc=state, input_precision=PRECISION)
+            state = plus(state, tl.trans(wrote_rest), u, PRECISION, TWO)
         if OUTPUTS:
             put(outputs, start, heads * VALUE_DIM, time, first, batch, head, y, VALUE_DIM, ROWS, BV, COPIED)
 

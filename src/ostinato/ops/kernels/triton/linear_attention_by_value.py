@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, operand
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, add_by_right, load_steps, load_tile, operand, plus, terms
 from ostinato.ops.kernels.triton.linear_attention_channels import crossings, decays, halving, square, sums
 from ostinato.ops.kernels.triton.linear_attention_parts import (
     chunk_start,
@@ -32,6 +32,7 @@ def _outputs_by_halves(
     FINE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    TWO: tl.constexpr,
 ):
     """y plus the outputs of `scores` (reader, written) off the diagonal."""
     step = tl.arange(0, ROWS)
@@ -41,7 +42,8 @@ def _outputs_by_halves(
         reads = late == 0 if REVERSE else late
         decay = tl.exp2(sums(between, g, FINE))
         chosen = operand(tl.where(square(step, size, reads), scores, 0.0), WIDE, PRECISION)
-        y += decay * tl.dot(chosen, operand(u * decay, WIDE, PRECISION), input_precision=PRECISION)
+        wrote, rest = terms(u * decay, WIDE, PRECISION, TWO)
+        y += decay * plus(tl.dot(chosen, wrote, input_precision=PRECISION), chosen, rest, PRECISION, TWO)
     return y
 
 
@@ -95,6 +97,8 @@ def by_value(
     PRECISION: tl.constexpr,
     STRONG: tl.constexpr,
     STAGES: tl.constexpr,
+    TWO: tl.constexpr,
+    TWO_OF_STATE: tl.constexpr,
 ):
     """Forwards: `products` is set to beside ⊙ outputs, without the pair of a step with itself, and the last state is
     without what the last step wrote. Backwards, the gradient of the log-decays is cumulated of products − beside ⊙
@@ -162,30 +166,37 @@ def by_value(
             total = tile(centred, start, row, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
             if REVERSE:
                 total = -total
-            wrote = operand(u * tl.exp2(-total), WIDE, PRECISION)
             state = state * tl.exp2(half)[None, :]
-            y = tl.dot(operand(x, WIDE, PRECISION), operand(state, WIDE, PRECISION), input_precision=PRECISION)
+            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO_OF_STATE)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
-            y = tl.dot(operand(scores, WIDE, PRECISION), wrote, acc=y, input_precision=PRECISION) * tl.exp2(total)
+            wrote, rest = terms(u * tl.exp2(-total), WIDE, PRECISION, TWO)
+            scores = operand(scores, WIDE, PRECISION)
+            y = tl.dot(scores, wrote, acc=y, input_precision=PRECISION)
+            y = plus(y, scores, rest, PRECISION, TWO) * tl.exp2(total)
             if RESET or not REVERSE:
                 wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
+                rest = tl.where(leaves[:, None], rest, tl.zeros_like(rest))
             state = state * kept_of_state
-            state = tl.dot(operand(tl.trans(z), WIDE, PRECISION), wrote, acc=state, input_precision=PRECISION)
-            state = state * tl.exp2(half)[None, :]
+            writer = operand(tl.trans(z), WIDE, PRECISION)
+            state = tl.dot(writer, wrote, acc=state, input_precision=PRECISION)
+            state = plus(state, writer, rest, PRECISION, TWO) * tl.exp2(half)[None, :]
         else:
             g, before, after = decays(
                 log_decay, reset, start, row, time, first, VALUE_DIM, ROWS, BV, RESET, REVERSE, FINE
             )
-            y = tl.dot(
-                operand(x, WIDE, PRECISION), operand(state, WIDE, PRECISION), input_precision=PRECISION
-            ) * tl.exp2(before)
+            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO_OF_STATE) * tl.exp2(
+                before
+            )
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
-            y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, WIDE)
-            wrote = operand(tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after), WIDE, PRECISION)
+            y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, WIDE, TWO)
+            written_now = tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after)
+            wrote, rest = terms(written_now, WIDE, PRECISION, TWO)
             state = state * (tl.exp2(of_chunk) * kept_of_state)[None, :]
-            state = tl.dot(operand(tl.trans(z), WIDE, PRECISION), wrote, acc=state, input_precision=PRECISION)
+            writer = operand(tl.trans(z), WIDE, PRECISION)
+            state = tl.dot(writer, wrote, acc=state, input_precision=PRECISION)
+            state = plus(state, writer, rest, PRECISION, TWO)
 
         w = tile(beside, start, beside_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
         product = y * w
@@ -208,8 +219,9 @@ def by_value(
             else:
                 cumulated += carry[None, :]
                 carry += tl.sum(change, axis=0)
-            forgets = load_tile(log_decay, start, row, time, first, VALUE_DIM, ROWS, BV) <= FORGETS
-            cumulated = tl.where(forgets, 0.0, cumulated)
+            if STRONG != 0:
+                forgets = load_tile(log_decay, start, row, time, first, VALUE_DIM, ROWS, BV) <= FORGETS
+                cumulated = tl.where(forgets, 0.0, cumulated)
             put(gradient, start, row, time, first, batch, head, cumulated, VALUE_DIM, ROWS, BV, COPIED)
         else:
             put(products, start, row, time, first, batch, head, product, VALUE_DIM, ROWS, BV, COPIED)

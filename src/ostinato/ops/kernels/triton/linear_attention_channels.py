@@ -123,7 +123,8 @@ def channel_sums(
 ):
     """In each chunk, to base 2: G − G_C / 2 (batch, time, heads, WIDTH) and G_C (batch, heads, chunks, WIDTH).
 
-    Sets to 1 the entries of `strong` (batch, heads) whose sequences have a channel that forgets more than MILD.
+    Sets to 1 the entries of `strong` (batch, heads) whose sequences have a channel that forgets more than MILD, in a
+    chunk or a step.
     """
     chunk = tl.program_id(0)
     start = chunk * ROWS
@@ -137,7 +138,8 @@ def channel_sums(
     at = sequence * tl.num_programs(0) + chunk
     column = tl.arange(0, COLUMNS)
     tl.store(totals + at * WIDTH + column, of_chunk, mask=column < WIDTH)
-    if tl.min(of_chunk, axis=0) <= -MILD:
+    least = tl.minimum(of_chunk, tl.min(g, axis=0))
+    if tl.min(least, axis=0) <= -MILD:
         tl.store(strong + sequence, 1)
     e = tl.cumsum(g, axis=0) - 0.5 * of_chunk[None, :]
     store_tile(centred + rows, start, heads * WIDTH, time, 0, e, WIDTH, ROWS, COLUMNS)

@@ -23,6 +23,10 @@ MILD = 112.0
 """What a channel may forget in a chunk, as a logarithm to base 2, and be computed without halving: half of it is to
 stay within the types' range when exponentiated."""
 
+TERMS = 2
+"""Temporary, for timing. In bfloat16: 0 one term everywhere; 1 two terms of what is decayed; 2 also of the state that
+by_value reads."""
+
 
 def plan_rows(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
     """Steps in a chunk. Few in float32, whose products are unrolled: more take the compiler long, and spill."""
@@ -67,6 +71,10 @@ class ChannelWalks(Walks):
     ) -> None:
         """Both kinds of the kernel; in float32 all sequences count as strong, which loses the fewest digits."""
         fine, grid = values.dtype == torch.float32, self.grid(values, sizes)
+        half = values.dtype == torch.bfloat16
+        constants["TWO"] = half and TERMS > 0
+        if kernel is value_kernel:
+            constants["TWO_OF_STATE"] = half and TERMS > 1
         shared = (self.log_decay, self.reset, self.totals, self.strong, self.rows.bit_length() - 1)
         if not fine:
             kernel[grid](*arguments, *shared, FINE=fine, STRONG=0, **constants)

@@ -23,6 +23,10 @@ from ostinato.ops.kernels.triton.linear_attention_launch import (
 )
 from ostinato.ops.kernels.triton.tuned import tuned
 
+TERMS = 2
+"""Temporary, for timing. In bfloat16 with decays: 0 one term everywhere; 1 two terms of what is added to the state;
+2 also of the state, where the gradient of the decays is made of what is read of it."""
+
 
 def plan(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     """For a walk whose state is key_dim × value_dim."""
@@ -102,6 +106,7 @@ class HeadWalks(Walks):
         batch, time, heads, key_dim = written.shape
         value_dim = values.shape[-1]
         outputs = values.new_empty(values.shape if kept is None else (1,) * 4)
+        two = values.dtype == torch.bfloat16 and self.sums is not None
 
         def launch(sizes: Plan) -> Tensor | None:
             products, last_reader = None, None
@@ -125,6 +130,8 @@ class HeadWalks(Walks):
                 LAST=last is not None,
                 OUTPUTS=kept is None,
                 PRODUCTS=beside is not None,
+                TWO=two and TERMS > 0,
+                TWO_OF_STATE=two and TERMS > 1 and beside is not None,
                 **constants,
             )
             return products

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, last_of, operand
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, add_by_right, last_of, operand
 from ostinato.ops.kernels.triton.linear_attention_parts import (
     chunk_start,
     held_state,
@@ -82,6 +82,8 @@ def walk(
     COPIED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    TWO: tl.constexpr,
+    TWO_OF_STATE: tl.constexpr,
 ):
     """Outputs, or (OUTPUTS false) only what a segment adds to the state and how much of the state it keeps.
 
@@ -152,7 +154,7 @@ def walk(
 
         if OUTPUTS:
             scores = tl.dot(x, tl.trans(z), input_precision=PRECISION)
-            y = tl.dot(operand(x, WIDE, PRECISION), operand(state, WIDE, PRECISION), input_precision=PRECISION)
+            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO_OF_STATE)
             # Rows read, columns are what is written.
             if PRODUCTS:
                 own = tl.sum(tl.where(step[:, None] == step[None, :], scores, 0.0), axis=1)
@@ -188,9 +190,7 @@ def walk(
                 leaving = tl.where(start + step == time - 1, 0.0, leaving)
             added = u.to(tl.float32) * leaving[:, None]
             state = state * carry
-        state = tl.dot(
-            operand(tl.trans(z), WIDE, PRECISION), operand(added, WIDE, PRECISION), acc=state, input_precision=PRECISION
-        )
+        state = add_by_right(state, tl.trans(z), added, WIDE, PRECISION, TWO)
 
     if LAST:
         tl.store(last + place, state, mask=inside)
