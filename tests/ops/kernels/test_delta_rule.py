@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,11 @@ from ostinato.ops import delta_rule
 from ostinato.ops.kernels.triton.launch import INTERPRETED
 
 FLOAT32 = 1e-5
-BFLOAT16 = 6e-3
-"""‖error‖ / ‖exact‖ for bfloat16. Rounding the exact result alone costs 1.7e-3; the state, what is written to it, T
-and P are rounded once each before they are multiplied, and these errors add up in squares."""
+FLOAT16 = 1.5e-3
+"""‖error‖ / ‖exact‖. Rounding the exact result alone costs 2e-4; what is multiplied is rounded as often."""
+ROUNDINGS = 1.5
+"""For bfloat16, ‖error‖ over what rounding the exact result to bfloat16 costs. What is multiplied is rounded to
+float16, an eighth as much, and these errors add up in squares."""
 
 # On a card every new size is compiled anew, for some seconds each.
 DIMENSIONS = [(40, 16), (24, 33)] if INTERPRETED else [(24, 100), (16, 64), (64, 100), (128, 128), (256, 256)]
@@ -82,23 +86,37 @@ def poisoned(function, *arguments, **options) -> list[Tensor]:
         torch.use_deterministic_algorithms(False)
 
 
-def assert_exact(arguments: list[Tensor | None], bound: float, decay_bound: float | None = None, **options) -> None:
-    """The kernels' results are within ‖error‖ ≤ bound ‖exact‖ of those in float64."""
+def compared(arguments: list[Tensor | None], **options) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The kernels' results and those in float64, by their names."""
     with ostinato.backend("triton"):
         found = poisoned(with_gradients, arguments, **options)
     wide = [None if x is None else x.double() for x in arguments]
     with ostinato.backend("reference" if arguments[0].shape[1] <= 100 else "parallel"):
         exact = with_gradients(wide, **options)
     names = ["outputs", "last", *(n for n, x in zip(NAMES, arguments, strict=False) if x is not None)]
-    errors, wrong = {}, []
     for name, ours, theirs in zip(names, found, exact, strict=True):
         assert ours.shape == theirs.shape
+        yield name, ours.double(), theirs
+
+
+def assert_exact(arguments: list[Tensor | None], bound: float, decay_bound: float | None = None, **options) -> None:
+    """The kernels' results are within ‖error‖ ≤ bound ‖exact‖ of those in float64."""
+    errors, wrong = {}, []
+    for name, ours, theirs in compared(arguments, **options):
         limit = decay_bound if name == "g" and decay_bound else bound
-        error, size = (ours.double() - theirs).norm(), theirs.norm()
+        error, size = (ours - theirs).norm(), theirs.norm()
         errors[name] = f"{error / size:.1e}"
         if not error <= limit * size:
             wrong.append(name)
     assert not wrong, f"{wrong} of {errors}"
+
+
+def assert_rounded(arguments: list[Tensor | None], **options) -> None:
+    """The kernels' results are within ROUNDINGS of those in float64."""
+    errors = {}
+    for name, ours, theirs in compared(arguments, **options):
+        errors[name] = ((ours - theirs).norm() / (theirs.bfloat16() - theirs).norm()).item()
+    assert all(error <= ROUNDINGS for error in errors.values()), {name: f"{e:.2f}" for name, e in errors.items()}
 
 
 @pytest.mark.parametrize("time", LENGTHS)
@@ -117,28 +135,78 @@ def test_several_steps_a_token(device: torch.device, n: int, decay: str) -> None
 
 @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 @pytest.mark.parametrize("time", [70, 1000])
-def test_bfloat16(device: torch.device, time: int, decay: str, request: pytest.FixtureRequest) -> None:
-    if decay == "none" and time == 1000:
-        # What is rounded is never forgotten: errors add up for as long as the memory lasts, here to 8e-3 in k.
-        request.applymarker(pytest.mark.xfail(reason="four roundings add up where nothing decays", strict=True))
+def test_bfloat16(device: torch.device, time: int, decay: str) -> None:
     if decay == "vector" and INTERPRETED:
         time = min(time, 200)
-    arguments = problem(device, time, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
-    # The decays' gradients are differences of sums that nearly cancel.
-    assert_exact(arguments, BFLOAT16, 4 * BFLOAT16, normalize=True)
+    assert_rounded(problem(device, time, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16), normalize=True)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("factor", [0.05, 10.0])
+def test_bfloat16_by_strength_of_decay(device: torch.device, decay: str, factor: float) -> None:
+    arguments = problem(device, 150, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
+    arguments[4] = factor * arguments[4]
+    assert_rounded(arguments, normalize=True)
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("scale", [1e-12, 1e8])
+def test_bfloat16_of_any_size(device: torch.device, decay: str, scale: float) -> None:
+    """Values, state and their gradients far outside float16's range, as which they are multiplied."""
+    arguments = problem(device, 130, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
+    arguments[2], arguments[5] = scale * arguments[2], scale * arguments[5]
+    assert_rounded(arguments, normalize=True)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_bfloat16_without_values_at_first(device: torch.device, decay: str) -> None:
+    """Tiles of zeros have no largest entry to be scaled by."""
+    arguments = problem(device, 200, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
+    arguments[2][:, :140] = 0
+    arguments[5].zero_()
+    assert_rounded(arguments, normalize=True)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_bfloat16_of_keys_of_any_length(device: torch.device, decay: str) -> None:
+    """Keys and queries of zero length, some very short among the others, and all as they come, with rates to match."""
+    arguments = problem(device, 130, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
+    q, k, *others = arguments
+    assert_rounded([q.index_fill(1, torch.tensor([3, 64, 65], device=device), 0), k, *others], normalize=True)
+    some = torch.arange(130, device=device) % 3 == 0
+    k = torch.where(some[:, None, None], torch.where(some.roll(3)[:, None, None], 1e-5 * k, 0 * k), k)
+    assert_rounded([q, k, *others], normalize=True)
+    k = (arguments[1] * torch.exp2(torch.randint(-8, 3, (1, 130, 1, 1), device=device))).bfloat16()
+    rate = others[1] / k.float().square().sum(-1)
+    assert_rounded([1e-3 * q, k, others[0], rate, *others[2:]])
+
+
+def test_bfloat16_of_nearly_parallel_keys(device: torch.device) -> None:
+    """Not within 1.5 roundings (with β = 2 the condition number of a chunk of 64 rows is 64²), but not far from it."""
+    arguments = problem(device, 130, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
+    arguments[1] = (1 + 0.05 * torch.randn_like(arguments[1].float())).bfloat16()
+    arguments[3] = torch.full_like(arguments[3], 2.0)
+    assert_exact(arguments, 6e-3, normalize=True)
+
+
+def test_same_twice(device: torch.device) -> None:
+    arguments = problem(device, 130, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
+    with ostinato.backend("triton"):
+        for ours, again in zip(*(with_gradients(arguments, normalize=True) for _ in range(2)), strict=True):
+            assert torch.equal(ours, again)
 
 
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_bfloat16_of_several_steps_a_token(device: torch.device, n: int, decay: str) -> None:
-    arguments = problem(device, 35 if INTERPRETED else 300, decay, n, (1, 1, 64, 64), torch.bfloat16)
-    assert_exact(arguments, BFLOAT16, 4 * BFLOAT16, normalize=True)
+    assert_rounded(
+        problem(device, 35 if INTERPRETED else 300, decay, n, (1, 1, 64, 64), torch.bfloat16), normalize=True
+    )
 
 
 def test_float16(device: torch.device) -> None:
-    # Eight times as fine as bfloat16, but the inverse is computed in tf32 on a card, whose digits are the same.
     arguments = problem(device, 70, sizes=(1, 1, 64, 64), dtype=torch.float16)
-    assert_exact(arguments, BFLOAT16 / 4, BFLOAT16 / 2, normalize=True)
+    assert_exact(arguments, FLOAT16, 2 * FLOAT16, normalize=True)
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
@@ -177,8 +245,7 @@ def test_resets_at_the_edges_of_chunks(device: torch.device, decay: str) -> None
 
 @pytest.mark.parametrize("dims", DIMENSIONS)
 def test_head_dimensions(device: torch.device, dims: tuple[int, int]) -> None:
-    arguments = problem(device, 70, sizes=(1, 1, *dims), dtype=torch.bfloat16)
-    assert_exact(arguments, BFLOAT16, 2 * BFLOAT16, normalize=True)
+    assert_rounded(problem(device, 70, sizes=(1, 1, *dims), dtype=torch.bfloat16), normalize=True)
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
@@ -244,8 +311,10 @@ def test_own_keys_as_rwkv7_has_them(device: torch.device, dtype: torch.dtype) ->
     kappa, rate = F.normalize(torch.randn_like(g), dim=-1), torch.rand_like(g)
     arguments[1], arguments[3] = 0.2 * arguments[1], None
     arguments += [(kappa * torch.exp(-g)).to(dtype), (kappa * rate).to(dtype)]
-    bound = BFLOAT16 if dtype == torch.bfloat16 else BFLOAT16 / 4
-    assert_exact(arguments, bound, 4 * bound)
+    if dtype == torch.bfloat16:
+        assert_rounded(arguments)
+    else:
+        assert_exact(arguments, FLOAT16, 4 * FLOAT16)
 
 
 def test_strided_arguments(device: torch.device) -> None:

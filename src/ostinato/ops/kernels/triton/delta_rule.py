@@ -2,12 +2,13 @@
 
 Forward: Y and P of every chunk (`delta_rule_chunks`, or `delta_rule_channels` where every key channel has its decay),
 then one walk (`delta_rule_walk`). Backward: the walk again, to have the states that enter the chunks, the walk back
-with the state's gradient, and the gradients of all chunks at once. Between forward and backward only Y, P and the
-factors of the rows are kept, and none of them where decays are per channel.
+with the state's gradient, and the gradients of all chunks at once. Between forward and backward only Y, P, the
+factors of the rows and the queries and keys as they are multiplied are kept, none of them where decays are per channel.
 
 Keys of their own to read, to erase and to write are served by the kernels of decays per channel (see `_rows`).
 
-Half precision is multiplied as such and summed up in float32, in which the state is kept on chip.
+Half precision is multiplied as float16 that is scaled by powers of two (`delta_rule_parts`), and summed up in float32,
+in which the state is kept on chip.
 """
 
 from __future__ import annotations
@@ -71,10 +72,9 @@ def _by_channel(log_decay: Tensor | None) -> bool:
     return log_decay is not None and log_decay.ndim == 4
 
 
-def _none(queries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In the place of Y, P and factors, where the backward pass makes them anew."""
-    a, b, c, d = (queries.new_empty(0) for _ in range(4))
-    return a, b, c, d
+def _none(queries: Tensor) -> list[Tensor]:
+    """In the place of what is kept of the chunks, where the backward pass makes it anew."""
+    return [queries.new_empty(0) for _ in range(6)]
 
 
 @torch.library.custom_op("ostinato::delta_rule", mutates_args=())
@@ -88,26 +88,35 @@ def _forward(
     reset: Tensor | None,
     state: Tensor | None,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, last state; for the backward pass Y, P, factors of rows and states, and what of segments is kept."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, last state; for the backward pass queries and keys as they are multiplied, Y, P, factors of rows and
+    states, and what of segments is kept.
+    """
     inputs = Inputs(queries, keys, values, beta, log_decay, write_keys, reset, normalize)
     p = _plan(queries, keys, values, log_decay)
     chunks = launches.prepare(p, inputs)
     outputs = values.new_empty(p.batch, p.tokens, p.heads, p.value_dim)
     last, entering, transitions = launches.walk(p, chunks, values, state, outputs)
-    inverse, scores, factors, carried = _none(queries) if _by_channel(log_decay) else chunks.walks()
-    return outputs, last, inverse, scores, factors, carried, entering, transitions
+    kept = _none(queries) if _by_channel(log_decay) else (chunks.asking, chunks.reading, *chunks.walks())
+    asking, reading, inverse, scores, factors, carried = kept
+    return outputs, last, asking, reading, inverse, scores, factors, carried, entering, transitions
 
 
 @_forward.register_fake
 def _(
     queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor | None, log_decay: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = _plan(queries, keys, values, log_decay)
     outputs = values.new_empty(p.batch, p.tokens, p.heads, p.value_dim)
     last = queries.new_empty(p.batch, p.heads, p.key_dim, p.value_dim, dtype=torch.float32)
-    kept = _none(queries) if _by_channel(log_decay) else launches.empty_chunks(p, queries, channels=False)
-    return outputs, last, *kept, *launches.empty_segments(p, values)
+    if _by_channel(log_decay):
+        kept = _none(queries)
+    else:
+        kept = [torch.empty_like(x, dtype=launches.narrow(x.dtype)) for x in (queries, keys)]
+        kept.extend(launches.empty_chunks(p, queries, channels=False))
+    asking, reading, inverse, scores, factors, carried = kept
+    entering, transitions = launches.empty_segments(p, values)
+    return outputs, last, asking, reading, inverse, scores, factors, carried, entering, transitions
 
 
 @torch.library.custom_op("ostinato::delta_rule_backward", mutates_args=())
@@ -122,6 +131,8 @@ def _backward(
     write_keys: Tensor | None,
     reset: Tensor | None,
     state: Tensor | None,
+    asking: Tensor,
+    reading: Tensor,
     inverse: Tensor,
     scores: Tensor,
     factors: Tensor,
@@ -136,14 +147,12 @@ def _backward(
     if _by_channel(log_decay):
         chunks = launches.prepare(p, inputs)
     else:
-        chunks = launches.Chunks(queries, keys, keys, inverse, scores, factors, carried, None)
-    entering = queries.new_empty(p.pairs, p.chunks, p.key_dim, p.value_dim)
-    leaving = torch.empty_like(entering)
-    fresh, residual = torch.empty_like(values), torch.empty_like(values)
-    launches.walk_again(p, chunks, values, state, segment_states, (entering, fresh))
-    grad_initial = launches.walk_back(p, chunks, grad_outputs, grad_last, transitions, (leaving, residual))
-    walked = (entering, leaving, fresh, residual)
-    return *launches.gradients(p, chunks, inputs, walked, grad_outputs), grad_initial
+        chunks = launches.Chunks(asking, reading, reading, inverse, scores, factors, carried, None)
+    walked, grad_values = launches.empty_walked(p, values), torch.empty_like(values)
+    launches.walk_again(p, chunks, values, state, segment_states, walked)
+    grad_initial = launches.walk_back(p, chunks, grad_outputs, grad_last, transitions, walked, grad_values)
+    of_queries, of_keys, of_beta, of_decay, of_writing = launches.gradients(p, chunks, inputs, walked, grad_outputs)
+    return of_queries, of_keys, grad_values, of_beta, of_decay, of_writing, grad_initial
 
 
 @_backward.register_fake
@@ -179,6 +188,9 @@ without_second_derivative(_backward)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.normalize = inputs
+    if not _by_channel(tensors[4]):
+        # Of queries and keys the backward pass reads what the forward pass made of them: stand-ins take no memory.
+        tensors[:2] = (x.new_empty(1).expand(x.shape) for x in tensors[:2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[2:])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ostinato.ops.kernels.triton import delta_rule_channels as of_channels
 from ostinato.ops.kernels.triton import delta_rule_chunks as of_heads
 from ostinato.ops.kernels.triton import delta_rule_walk as walks
-from ostinato.ops.kernels.triton.delta_rule_parts import ROWS
+from ostinato.ops.kernels.triton.delta_rule_parts import KEPT, ROWS
 from ostinato.ops.kernels.triton.delta_rule_plan import Plan, cdiv
 from ostinato.ops.kernels.triton.launch import dot_precision, power_of_two
 
@@ -50,7 +50,7 @@ class Chunks(NamedTuple):
     """What a call's chunks are made of: all that the walks read beside the values."""
 
     asking: Tensor
-    """The queries, as they come where decays are per head, else with their decays."""
+    """The queries as they are multiplied; where decays are per channel, with their decays."""
     reading: Tensor
     writing: Tensor
     """The keys, likewise."""
@@ -66,15 +66,49 @@ class Chunks(NamedTuple):
         return self.inverse, self.scores, self.factors, self.carried
 
 
+OPERANDS = torch.float16
+"""As what half precision is multiplied: float16, or, to see what that costs, bfloat16 without scales."""
+
+
+def narrow(dtype: torch.dtype) -> torch.dtype:
+    """The type in which inputs of `dtype` are multiplied, and in which the walks leave what they keep."""
+    return torch.float32 if dtype == torch.float32 else OPERANDS
+
+
 def empty_chunks(p: Plan, queries: Tensor, *, channels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for Y, P, the factors of the rows and those of the states."""
-    kept = (p.pairs, p.chunks)
+    kept, dtype = (p.pairs, p.chunks), narrow(queries.dtype)
     return (
-        queries.new_empty(*kept, p.chunk, p.chunk),
-        queries.new_empty(*kept, p.query_block, p.chunk),
+        queries.new_empty(*kept, p.chunk, p.chunk, dtype=dtype),
+        queries.new_empty(*kept, p.query_block, p.chunk, dtype=dtype),
         queries.new_empty(*kept, ROWS.value, p.chunk, dtype=torch.float32),
         queries.new_empty(*kept, *((p.key_dim,) if channels else ()), dtype=torch.float32),
     )
+
+
+class Walked(NamedTuple):
+    """What the walks leave for the gradients."""
+
+    entering: Tensor
+    """S, the states that enter the chunks."""
+    leaving: Tensor
+    """dS', the gradients of those that leave them."""
+    fresh: Tensor
+    """r, what of the values is new."""
+    residual: Tensor
+    """e, its gradient."""
+    units: Tensor
+    """What each of these is to be multiplied by, by chunk and block of values."""
+
+
+def empty_walked(p: Plan, values: Tensor) -> Walked:
+    """Room for it."""
+    dtype = narrow(values.dtype)
+    state = (p.pairs, p.chunks, p.key_dim, p.value_dim)
+    entering, leaving = (values.new_empty(state, dtype=dtype) for _ in range(2))
+    fresh, residual = (torch.empty_like(values, dtype=dtype) for _ in range(2))
+    units = values.new_empty(p.pairs, p.chunks, KEPT.value, p.blocks, dtype=torch.float32)
+    return Walked(entering, leaving, fresh, residual, units)
 
 
 def prepare(p: Plan, inputs: Inputs) -> Chunks:
@@ -84,6 +118,7 @@ def prepare(p: Plan, inputs: Inputs) -> Chunks:
     options["SOLVE"] = "ieee" if queries.dtype == torch.float32 else "tf32"
     if inputs.log_decay is None or inputs.log_decay.ndim == 3:
         room = empty_chunks(p, queries, channels=False)
+        asking, reading = (torch.empty_like(x, dtype=narrow(x.dtype)) for x in (queries, keys))
         of_heads.prepare[(p.chunks, p.pairs)](
             queries,
             keys,
@@ -91,6 +126,8 @@ def prepare(p: Plan, inputs: Inputs) -> Chunks:
             log_decay,
             reset,
             *room,
+            asking,
+            reading,
             *p.sizes(),
             **p.constants(),
             **options,
@@ -99,7 +136,7 @@ def prepare(p: Plan, inputs: Inputs) -> Chunks:
             num_warps=p.prepare_warps,
             maxnreg=p.prepare_registers,
         )
-        return Chunks(queries, keys, keys, *room, None)
+        return Chunks(asking, reading, reading, *room, None)
     room = empty_chunks(p, queries, channels=True)
     exact = torch.float64 if queries.dtype == torch.float32 else torch.float32
     totals = queries.new_empty(p.pairs, p.chunks, p.query_block, p.key_dim, dtype=exact)
@@ -118,7 +155,7 @@ def prepare(p: Plan, inputs: Inputs) -> Chunks:
         RESET=inputs.reset is not None,
         num_warps=4,
     )
-    asking, reading, writing = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(keys)
+    asking, reading, writing = (torch.empty_like(x, dtype=narrow(x.dtype)) for x in (queries, keys, keys))
     of_channels.prepare[(p.chunks, p.pairs)](
         queries,
         keys,
@@ -149,10 +186,10 @@ def _walk(
     last: Tensor,
     *,
     outputs: Tensor | None = None,
-    kept: tuple[Tensor, Tensor] | None = None,
+    kept: Walked | None = None,
     transition: bool = False,
 ) -> None:
-    constants, width = p.constants(values=p.value_block), p.value_dim
+    constants, width = p.constants(values=True), p.value_dim
     if transition:
         width = p.key_dim
         constants.update(V=p.key_dim, BV=min(p.value_block, p.key_block))
@@ -165,7 +202,7 @@ def _walk(
         last if initial is None else initial,
         values if outputs is None else outputs,
         last,
-        *((values, values) if kept is None else kept),
+        *((values, values, values) if kept is None else (kept.entering, kept.fresh, kept.units)),
         *p.sizes(),
         p.segment,
         **constants,
@@ -187,9 +224,11 @@ def _walk_back(
     grad_outputs: Tensor,
     grad_last: Tensor | None,
     grad_initial: Tensor,
-    kept: tuple[Tensor, Tensor] | None,
+    kept: Walked | None,
+    grad_values: Tensor | None = None,
 ) -> None:
-    walks.walk_back[(cdiv(p.value_dim, p.back_block), p.pairs, p.segments)](
+    none = grad_outputs
+    walks.walk_back[(p.blocks, p.pairs, p.segments)](
         chunks.asking,
         chunks.reading,
         chunks.writing,
@@ -197,10 +236,12 @@ def _walk_back(
         *chunks.walks(),
         grad_initial if grad_last is None else grad_last,
         grad_initial,
-        *((grad_outputs, grad_outputs) if kept is None else kept),
+        *((none, none) if kept is None else (kept.leaving, kept.residual)),
+        none if grad_values is None else grad_values,
+        none if kept is None else kept.units,
         *p.sizes(),
         p.segment,
-        **p.constants(values=p.back_block),
+        **p.constants(values=True),
         KEEP=kept is not None,
         FINAL=grad_last is not None,
         TIED=chunks.totals is None,
@@ -260,9 +301,7 @@ def walk(
     return last, entering, transitions
 
 
-def walk_again(
-    p: Plan, chunks: Chunks, values: Tensor, state: Tensor | None, entering: Tensor, kept: tuple[Tensor, Tensor]
-) -> None:
+def walk_again(p: Plan, chunks: Chunks, values: Tensor, state: Tensor | None, entering: Tensor, kept: Walked) -> None:
     """The walk for the backward pass: keeps the states that enter the chunks, and r."""
     initial = state if p.segments == 1 else entering
     last = values.new_empty(p.pairs, p.segments, p.key_dim, p.value_dim, dtype=torch.float32)
@@ -275,36 +314,36 @@ def walk_back(
     grad_outputs: Tensor,
     grad_last: Tensor | None,
     transitions: Tensor,
-    kept: tuple[Tensor, Tensor],
+    kept: Walked,
+    grad_values: Tensor,
 ) -> Tensor:
-    """The walk back: keeps the gradients of the leaving states, and e. Returns the initial state's gradient."""
+    """The walk back: keeps the gradients of the leaving states, and e. Fills the values' gradient; returns the
+    initial state's.
+    """
     grad_initial = grad_outputs.new_empty(p.batch, p.heads, p.key_dim, p.value_dim, dtype=torch.float32)
     if p.segments == 1:
-        _walk_back(p, chunks, grad_outputs, grad_last, grad_initial, kept)
+        _walk_back(p, chunks, grad_outputs, grad_last, grad_initial, kept, grad_values)
         return grad_initial
     added, _ = empty_segments(p, grad_outputs)
     _walk_back(p, chunks, grad_outputs, None, added, None)
     leaving = _enter(p, transitions, added, grad_last, grad_initial, back=True)
-    _walk_back(p, chunks, grad_outputs, leaving, added, kept)
+    _walk_back(p, chunks, grad_outputs, leaving, added, kept, grad_values)
     return grad_initial
 
 
 def gradients(
-    p: Plan, chunks: Chunks, inputs: Inputs, walked: tuple[Tensor, Tensor, Tensor, Tensor], grad_outputs: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys, values, β, log-decays and writing keys (empty where there is none).
-
-    `walked` are S, dS', r and e of all chunks.
-    """
+    p: Plan, chunks: Chunks, inputs: Inputs, walked: Walked, grad_outputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys, β, log-decays and writing keys (empty where there is none)."""
     queries, keys = inputs.queries, inputs.keys
-    write_keys, beta, log_decay, reset = inputs.pointers()
+    write_keys, _, log_decay, reset = inputs.pointers()
     grad_beta, grad_decay = (
         queries.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (inputs.beta, inputs.log_decay)
     )
-    grad_queries, grad_keys, grad_values = (torch.empty_like(x) for x in inputs[:3])
+    grad_queries, grad_keys = torch.empty_like(queries), torch.empty_like(keys)
     grad_write_keys = keys.new_empty(0 if inputs.write_keys is None else keys.shape)
     options = {
-        **p.constants(values=p.gradient_block),
+        **p.constants(values=True),
         **inputs.options(),
         "STAGES": p.gradient_stages,
         "num_warps": p.gradient_warps,
@@ -312,17 +351,16 @@ def gradients(
     }
     if chunks.totals is None:
         of_heads.gradients[(p.chunks, p.pairs)](
-            queries,
-            keys,
-            beta,
+            chunks.asking,
+            chunks.reading,
             log_decay,
             reset,
             chunks.scores,
+            chunks.factors,
             *walked,
             grad_outputs,
             grad_queries,
             grad_keys,
-            grad_values,
             grad_beta,
             grad_decay,
             *p.sizes(),
@@ -335,8 +373,8 @@ def gradients(
             queries,
             keys,
             write_keys,
-            beta,
             chunks.totals,
+            chunks.factors,
             chunks.carried,
             reset,
             *walked,
@@ -344,7 +382,6 @@ def gradients(
             grad_queries,
             grad_keys,
             grad_write_keys,
-            grad_values,
             grad_beta,
             grad_decay,
             *p.sizes(),
@@ -352,4 +389,4 @@ def gradients(
             LEVELS=p.levels,
             TIED=inputs.write_keys is None,
         )
-    return grad_queries, grad_keys, grad_values, grad_beta, grad_decay, grad_write_keys
+    return grad_queries, grad_keys, grad_beta, grad_decay, grad_write_keys

@@ -1,7 +1,12 @@
-"""What the kernels of `delta_rule` share: where a chunk lies, its rates and resets, lengths, the triangular inverse.
+"""What the kernels of `delta_rule` share: where a chunk lies, rates, resets, lengths, scales, the triangular inverse.
 
 A chunk has C rows, of which MICRO belong to one token; BQ is its number of tokens, or 16 if they are fewer. A sequence
 is (batch, steps, heads, dim): rows are the steps of keys and values, tokens those of queries and outputs.
+
+Half precision is multiplied as float16, whose eleven bits are three more than bfloat16's at the same speed. Its range
+is short, so that every tile is brought into it by a power of two, which rounds nothing: each key and query by its own
+largest entry, a tile of states, values or gradients by the tile's. Entries 2⁻¹⁶ times as large as the largest, or
+larger, then have no fewer digits than in bfloat16. In float32 all these powers are 1.
 
 The inverse is by substitution in blocks of 16 rows, and by X ← X − X M X from there, M what lies below the blocks:
 never a power series, which loses everything where keys are nearly parallel.
@@ -12,9 +17,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The factors of a chunk's rows, in this order: a, b, β, and c (of its tokens).
-READ, WRITE, RATE, ASK = (tl.constexpr(i) for i in range(4))
-ROWS = tl.constexpr(4)
+from ostinato.ops.kernels.triton.chunk_parts import operand
+
+# The factors of a chunk's rows and, where they are of queries, of its tokens, in this order. With m the factors that
+# make keys and queries, as they are multiplied, what they stand for: a, b, β m², 1/m of the keys that read, c, m of
+# the queries; then the powers of two by which keys to read, keys to write and queries were multiplied.
+READ, WRITE, RATE, VALUE, ASK, QUERY, READ_SCALE, WRITE_SCALE, QUERY_SCALE = (tl.constexpr(i) for i in range(9))
+ROWS = tl.constexpr(9)
+
+# What the walks leave a scale of, for each block of values: S, r, dS' and e.
+ENTERING, FRESH, LEAVING, RESIDUAL = (tl.constexpr(i) for i in range(4))
+KEPT = tl.constexpr(4)
+
+TOP = tl.constexpr(8)
+"""The largest entry of a scaled tile is 2 to this, or up to twice that."""
+GROWS = tl.constexpr(2)
+"""The same, of tiles whose product with Y is then added: r may be 2⁷ times as large as x where keys are parallel."""
+LITTLE = tl.constexpr(2.0**-50)
+"""Of two tiles that are summed, the smaller counts as no smaller than this times the other."""
 
 EPS = tl.constexpr(1e-6)
 """Under the root of a key's length, as in the formula of the plain routes."""
@@ -54,13 +74,53 @@ def load_rates(beta, start, row, row_in, heads, BETA: tl.constexpr):
 
 
 @triton.jit
-def lengths(tile, ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
-    """What each row of a tile is to be multiplied by: one over its length, or 1."""
-    if NORMALIZE:
-        wide = tile.to(tl.float32)
-        return tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
+def powers(largest, HIGH: tl.constexpr):
+    """The power of two that brings `largest` into [2^HIGH, 2^(HIGH + 1)), and its inverse."""
+    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, HIGH + 1), 254)
+    inverse = exponent - HIGH
+    return ((254 - inverse) << 23).to(tl.float32, bitcast=True), (inverse << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_scales(tile, dtype: tl.constexpr, ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Of rows that are multiplied in `dtype`: the power of two they are multiplied by, and what makes good for it.
+
+    With NORMALIZE the latter also makes them of unit length.
+    """
+    wide = tile.to(tl.float32)
+    if dtype == tl.float16:
+        scale, factor = powers(tl.maximum(tl.max(tl.abs(wide), 1), 2.0**-24), -1)
     else:
-        return tl.full([ROWS], 1.0, tl.float32)
+        scale = tl.full([ROWS], 1.0, tl.float32)
+        factor = scale
+    if NORMALIZE:
+        factor *= tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
+    return scale, factor
+
+
+@triton.jit
+def tile_scale(tile, least, dtype: tl.constexpr, HIGH: tl.constexpr):
+    """The power of two to multiply a tile by before it is rounded to `dtype`, and its inverse.
+
+    Its largest entry counts as no smaller than `least`.
+    """
+    if dtype == tl.float16:
+        return powers(tl.maximum(tl.max(tl.abs(tile)), least), HIGH)
+    else:
+        return 1.0, 1.0
+
+
+@triton.jit
+def narrowed(tile, dtype: tl.constexpr):
+    """A tile, scaled and rounded to `dtype`, and what to multiply products with it by."""
+    scale, unit = tile_scale(tile, 0.0, dtype, TOP)
+    return (tile * scale).to(dtype), unit
+
+
+@triton.jit
+def unit_of(units, chunk, blocks, block, KIND: tl.constexpr):
+    """Where the scale of one of a chunk's kept tiles is."""
+    return units + (chunk * KEPT + KIND) * blocks + block
 
 
 @triton.jit
@@ -72,6 +132,12 @@ def segments(reset, position, taken, RESET: tl.constexpr):
         return tl.cumsum(begins, 0), begins
     else:
         return begins, begins
+
+
+@triton.jit
+def multiply(a, b, PRECISION: tl.constexpr):
+    """A product in float32; where that is tf32, its factors are rounded, not cut: a cut is always towards zero."""
+    return tl.dot(operand(a, tl.float32, PRECISION), operand(b, tl.float32, PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
@@ -96,6 +162,18 @@ def unit_lower_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
             below = (row // (16 * 2**level) != column // (16 * 2**level)) & (
                 row // (32 * 2**level) == column // (32 * 2**level)
             )
-            right = tl.dot(tl.where(below, lower, 0.0), inverse, input_precision=PRECISION)
-            inverse -= tl.dot(inverse, right, input_precision=PRECISION)
+            right = multiply(tl.where(below, lower, 0.0), inverse, PRECISION)
+            inverse -= multiply(inverse, right, PRECISION)
     return inverse
+
+
+@triton.jit
+def solved_scores(lower, rate, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Y = A (I + βA)⁻¹ of a strictly lower triangular A, as β⁻¹ (I − (I + βA)⁻¹): nothing large is summed up to little.
+
+    A β of 0 is taken for one too small to matter: row i of the inverse, less I, is linear in β_i.
+    """
+    some = tl.where(tl.abs(rate) < 2.0**-60, 2.0**-60, rate)
+    inverse = unit_lower_inverse(some[:, None] * lower, C, PRECISION)
+    row = tl.arange(0, C)
+    return tl.where(row[:, None] > row[None, :], inverse * (-1 / some)[:, None], 0.0)

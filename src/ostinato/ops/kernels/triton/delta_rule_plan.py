@@ -33,13 +33,11 @@ class Plan(NamedTuple):
     query_block: int
     key_block: int
     value_block: int
-    """Value channels of a program of the walk."""
+    """Value channels of a program of the walks, and of what they keep a scale for."""
     walk_warps: int
     walk_stages: int
-    back_block: int
     back_warps: int
     back_stages: int
-    gradient_block: int
     gradient_warps: int
     gradient_stages: int
     gradient_registers: int | None
@@ -68,8 +66,13 @@ class Plan(NamedTuple):
         """The sizes that are arguments of all kernels."""
         return self.tokens, self.heads, self.chunks
 
-    def constants(self, *, values: int = 0) -> dict[str, Any]:
-        """The compile-time constants that all kernels share; with `values`, also the value block of that width."""
+    @property
+    def blocks(self) -> int:
+        """Blocks of values."""
+        return cdiv(self.value_dim, self.value_block)
+
+    def constants(self, *, values: bool = False) -> dict[str, Any]:
+        """The compile-time constants that all kernels share; with `values`, also the values and their blocks."""
         found = {
             "K": self.key_dim,
             "BK": self.key_block,
@@ -77,7 +80,7 @@ class Plan(NamedTuple):
             "MICRO": self.micro,
             "BQ": self.query_block,
         }
-        return {**found, "V": self.value_dim, "BV": values} if values else found
+        return {**found, "V": self.value_dim, "BV": self.value_block} if values else found
 
 
 SEGMENTED = False
@@ -127,10 +130,8 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
         value_block=widest,
         walk_warps=4,
         walk_stages=stages,
-        back_block=widest,
         back_warps=4,
         back_stages=stages,
-        gradient_block=min(64 if half and key_block <= 128 else 32, all_values),
         gradient_warps=8,
         gradient_stages=1,
         gradient_registers=None,
