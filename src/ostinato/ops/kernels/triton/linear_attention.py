@@ -5,7 +5,8 @@ head or none, `linear_attention_channels` for one per key channel). Nothing but 
 kept for the backward pass, which walks again.
 
 Half precision is multiplied as such and summed up in float32, in which the state is kept on chip; float16, whose
-range states and scores outgrow, is multiplied by them in tf32, which has its digits. Float32 is multiplied in full.
+range states and scores outgrow, is multiplied by them in tf32, which has its digits. Bfloat16 has few digits, so that
+what is decayed is multiplied in two terms, itself rounded and what that lost. Float32 is multiplied in full.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ halves: the square of the late half of a block against its early half goes throu
 exponents ≤ 0, one product for all blocks of a size. `channel_sums` says which sequences are which, and each walk is
 launched for both kinds; programs of the other kind return at once.
 
-Bfloat16 rounds each factor: with the scores and the result four roundings in by_key, three in by_value, of one size
-and independent, so that outputs and dv err by √4, dq and dk by √3 times a rounding of the exact result (measured: 1.9
-to 2.1 and 1.6 to 1.7; dg 2 to 4, a sum of differences). A factor of two bfloat16 terms adds a sixth to the products of
-by_key and takes one rounding out of four: it is left.
+In bfloat16 what is decayed, and by_value's state, enter products in two terms. What is left to round is the scores, in
+by_key the state that is read, and the result, so that outputs and dv err by √2 times a rounding of the exact result
+(measured: 1.4), dq and dk by 1.1 to 1.3, dg by 0.3 to 0.8. With one term it was 2.0, 1.7, and 2 to 7 for dg, growing
+with time: dg is a difference of two walks, which round a decayed pair differently, each at its own side, and only the
+scores alike, so that this cancels.
 
 The gradient of the log-decays is the flow of `linear_attention_walk`, for each channel; by_value cumulates it on its
 way back. All exponentials are to base 2.
