@@ -56,6 +56,8 @@ def started(model):
 def test_it_is_the_step(plan, channel_mixer):
     model = small(plan, channel_mixer=channel_mixer, tie_embeddings=channel_mixer is None).double()
     assert_same_steps(model, fused_step(model), started(model), 1e-12)
+    with ostinato.backend("reference"):
+        assert_same_steps(model, fused_step(model), started(model), 1e-12)
 
 
 @pytest.mark.skipif(not (_INSTALLED and (INTERPRETED or torch.cuda.is_available())), reason="needs Triton")

@@ -86,9 +86,9 @@ class CapturedStep:
             example = torch.zeros(ostinato.state.batch_size(state), dtype=torch.long, device=device)
         self._input = example.detach().clone().to(device)
         with torch.no_grad(), _compiled_blocks(model) if compile else nullcontext():
-            # Of a copy: a step may change its state in place.
-            _, after = model.step(self._input, ostinato.state.clone(state))  # type: ignore[operator]
-            self._state = ostinato.state.map(_held, state, after)
+            copy = ostinato.state.clone(state)  # a step may change its state in place
+            self._state = ostinato.state.map(_held, state, model.step(self._input, copy)[1])  # type: ignore[operator]
+            del copy
             self._record(fused_step(model) if fused else model.step)  # type: ignore[arg-type]
         self._stepped = False
 

@@ -3,8 +3,9 @@
     with chained():
         x = linear_step(...)
 
-Within the block, no call changes a weight or a state that the next call reads: only its other inputs may come from
-the call before. What is started early reads weights and states at once, and waits for the rest.
+Within the block, no call reads a weight or a state that an earlier call of the block has changed: only the other inputs
+come from there. What is started early reads weights and states at once, and waits for the rest. Between two such blocks
+over the same state stands a launch of another kind (the embedding of the next token), which waits for everything.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from ostinato.ops.routes import Engine
 _engine = Engine("delta_step")
 
 
+@_engine.route("reference")
 @_engine.route("parallel", priority=10)
 def _plainly(
     queries: Tensor,

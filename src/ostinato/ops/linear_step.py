@@ -62,6 +62,7 @@ def _entering(
     return z.flatten(1)
 
 
+@_linear.route("reference")
 @_linear.route("parallel", priority=10)
 def _linear_plainly(
     x: Tensor,
@@ -83,6 +84,7 @@ def _linear_plainly(
     return y if residual is None else residual + y
 
 
+@_projections.route("reference")
 @_projections.route("parallel", priority=10)
 def _projections_plainly(
     x: Tensor,

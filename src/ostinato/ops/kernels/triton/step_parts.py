@@ -2,8 +2,7 @@
 
 A step of a small batch is a chain of short kernels, each of which waits for the one before it. On Hopper and later,
 within `ostinato.ops.chained`, a kernel is started while the one before it still runs (programmatic dependent launch):
-it asks for its weights and its state, and only then waits for what the other one writes. A kernel lets the next one
-start only when its own wait is over: what is loaded early may have been written two launches before, not by the last.
+it asks for its weights and its state, and only then waits for what the other one writes.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ try:
 except ImportError:  # an older Triton
     DEPENDENT = False
 
+EARLY = False
+"""Whether a kernel lets the next one start before its own wait, so that several stand in line, or after it."""
 BYTES = 12288
 """Of weights, that a program of a product reads at most, if that leaves enough programs."""
 PROGRAMS = 264
@@ -39,8 +40,8 @@ WIDEST = 16384
 def dependent(device: torch.device) -> dict[str, Any]:
     """How a kernel of a step is launched on this device."""
     if DEPENDENT and in_chain() and device.type == "cuda" and card(device).capability >= (9, 0):
-        return {"DEPENDENT": True, "launch_pdl": True}
-    return {"DEPENDENT": False}
+        return {"DEPENDENT": 2 if EARLY else 1, "launch_pdl": True}
+    return {"DEPENDENT": 0}
 
 
 def tile(rows: int, inputs: int, size: int, matrices: int = 1) -> tuple[int, int]:
@@ -83,9 +84,12 @@ def rows_of(x: Any) -> Any:
 
 @triton.jit
 def begin(DEPENDENT: tl.constexpr):
-    """Wait for the kernel before this one, then let the one behind it start."""
+    """Wait for the kernel before this one, and let the one behind it start: before the wait if DEPENDENT is 2."""
+    if DEPENDENT == 2:
+        gdc_launch_dependents()
     if DEPENDENT:
         gdc_wait()
+    if DEPENDENT == 1:
         gdc_launch_dependents()
 
 
