@@ -132,6 +132,9 @@ def walk(
     else:
         state = tl.zeros([BK, BV], tl.float32)
 
+    # What `state` is to be multiplied by to be S: it stays in the units of what was last added to it.
+    one = tl.full([], 1.0, tl.float32)
+    held = one
     first = segment * per_segment
     count = pair.to(tl.int64) * chunks
     for n in tl.range(first, tl.minimum(first + per_segment, chunks), num_stages=STAGES):
@@ -146,6 +149,7 @@ def walk(
         write_factor = tl.load(factor + WRITE * C)[:, None]
         value_factor = tl.load(factor + VALUE * C)[:, None]
         half, unit = narrowed(state, dtype)
+        unit *= held
         if KEEP:
             store_state(entering, chunk, key, value, half, K, V)
             tl.store(unit_of(units, chunk, tl.num_programs(0), tl.program_id(0), ENTERING), unit)
@@ -177,12 +181,13 @@ def walk(
             output_offset = offsets(origin, token, value, heads, V)
             tl.store(outputs + output_offset, output.to(outputs.dtype.element_ty), mask=token_in & value_in)
         if CHANNELS:
-            state *= (tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * scale)[:, None]
+            state *= (tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * (held * scale))[:, None]
         else:
-            state *= tl.load(carried + chunk) * scale
+            state *= tl.load(carried + chunk) * (held * scale)
         write = read if TIED else tl.load(writing + key_offset, mask=row_in & key_in, other=0.0)
         state = tl.dot(tl.trans(write), (write_factor * written).to(dtype), state, input_precision=PRECISION)
-        state *= excess_unit
+        held = one * excess_unit
+    state *= held
     store_state(final, place, key, value, state, K, V)
 
 
@@ -237,6 +242,9 @@ def walk_back(
     else:
         grad = tl.zeros([BK, BV], tl.float32)
 
+    # What `grad` is to be multiplied by to be dS: it stays in the units of what was last added to it.
+    one = tl.full([], 1.0, tl.float32)
+    held = one
     first = segment * per_segment
     last = tl.minimum(first + per_segment, chunks)
     count = pair.to(tl.int64) * chunks
@@ -260,6 +268,7 @@ def walk_back(
         grad_output = tl.load(grad_outputs + output_offset, mask=token_in & value_in, other=0.0).to(tl.float32)
         grad_output *= tl.load(query_factor + QUERY * C, mask=token < C, other=0.0)[:, None]
         half, unit = narrowed(grad, dtype)
+        unit *= held
         if KEEP:
             store_state(leaving, chunk, key, value, half, K, V)
             tl.store(unit_of(units, chunk, tl.num_programs(0), tl.program_id(0), LEAVING), unit)
@@ -269,9 +278,9 @@ def walk_back(
         written = (write_factor * (unit * scale)) * tl.dot(write, half, input_precision=PRECISION)
         written = tl.dot(tl.trans(score), grad_output.to(dtype), written, input_precision=PRECISION)
         if CHANNELS:
-            grad *= (tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * scale)[:, None]
+            grad *= (tl.load(carried + chunk * K + key, mask=key < K, other=0.0) * (held * scale))[:, None]
         else:
-            grad *= tl.load(carried + chunk) * scale
+            grad *= tl.load(carried + chunk) * (held * scale)
         grad = tl.dot(tl.trans(query), (ask_factor * grad_output).to(dtype), grad, input_precision=PRECISION)
         rate = tl.load(factor + RATE * C)[:, None]
         scale, target_unit = tile_scale(rate * written, tl.maximum(unit * scale, 1.0) * LITTLE, dtype, GROWS)
@@ -288,7 +297,8 @@ def walk_back(
         read = write if TIED else tl.load(reading + key_offset, mask=row_in & key_in, other=0.0)
         grad *= scale
         grad = tl.dot(tl.trans(read), (-read_factor * rate * target).to(dtype), grad, input_precision=PRECISION)
-        grad *= target_unit * output_unit
+        held = one * target_unit * output_unit
+    grad *= held
     store_state(grad_initial, place, key, value, grad, K, V)
 
 
