@@ -20,12 +20,13 @@ PLANS = [
     "gated_delta_net(heads=2, expand_k=1, expand_v=1, conv=None, output_gate=False)",
     "delta_net(heads=3, negative_eigenvalues=True)",
     "delta_product(heads=2, householders=2), gated_delta_product(heads=2, householders=3)",
+    "gla(heads=2), kimi_delta_attention(heads=2), retnet(heads=2), gated_slot_attention(heads=2, slots=4)",
     "delta_net(qk_activation='elu', qk_norm='l1'), mamba2, attention(window=3)",
 ]
 
 
 def small(plan, **options):
-    return LanguageModel(d_model=24, plan=plan, depth=None if "," in plan.split(")", 1)[1] else 2, **options).eval()
+    return LanguageModel(d_model=24, plan=plan, depth=None if "), " in plan else 2, **options).eval()
 
 
 def assert_same_steps(model, step, start, bound):
@@ -114,6 +115,11 @@ def test_five_launches_a_layer_and_one_for_the_head(monkeypatch):
     assert launches(monkeypatch, small(PLANS[0])) == [*layer, *layer, "linear_step"]
 
 
+def test_what_is_read_of_another_matrix_memory_goes_out_in_one_launch(monkeypatch):
+    assert launches(monkeypatch, small("gla(heads=2)")) == ["linear_step"] * 7
+    assert launches(monkeypatch, small("mamba2", channel_mixer=None)) == ["linear_step"]
+
+
 @pytest.mark.parametrize("change", ["bias", "hook", "adapted", "scan", "mixer hook"])
 def test_what_is_not_a_plain_layer_computes_as_ever(change, monkeypatch):
     model = small(PLANS[0]).double()
@@ -130,7 +136,7 @@ def test_what_is_not_a_plain_layer_computes_as_ever(change, monkeypatch):
             mixer.scan = lambda *a, _scan=mixer.scan, **k: (2 * _scan(*a, **k)[0], _scan(*a, **k)[1])
         if change == "mixer hook":
             mixer.register_forward_hook(lambda *_: seen.append(1))
-    assert not any(module._known_mixer(block) for block in model.backbone.blocks)
+    assert not any(module._known_delta(block) for block in model.backbone.blocks)
     start = started(model)
     seen.clear()
     step = fused_step(model)

@@ -4,8 +4,9 @@
     logits, state = step(token, state)      # the state is changed in place
 
 A layer of a delta-rule mixer and a SwiGLU is five launches: norm, projections and short convolution; the memory's step
-with its gates; gated norm, output map and sum; norm and SwiGLU's inner half; its output map and sum. What is not known
-here (another mixer, an adapted map, a module with hooks) computes as ever.
+with its gates; gated norm, output map and sum; norm and SwiGLU's inner half; its output map and sum. Of other mixers
+with a matrix memory per head the last three are known; what is not known here (another mixer, an adapted map, a
+module with hooks) computes as ever.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ostinato.state
 from ostinato.layers.rms_norm import RMSNorm
 from ostinato.layers.swiglu import SwiGLU
 from ostinato.mixers.base import Mixer
 from ostinato.mixers.delta_net import DeltaNet, DeltaRuleMixer
 from ostinato.mixers.delta_product import DeltaProduct, GatedDeltaProduct
 from ostinato.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaRuleMixer
-from ostinato.mixers.heads import MatrixState
+from ostinato.mixers.heads import KeyValueMixer, MatrixState
 from ostinato.mixers.parts import GatedNorm
 from ostinato.models.backbone import Backbone, Block
 from ostinato.models.language import LanguageModel, LanguageState
@@ -101,19 +103,21 @@ def _layers(backbone: Backbone) -> Callable[[Tensor, Any, dict[str, Any]], tuple
 def _layer(block: Block) -> Callable[[Tensor, Any, dict[str, Any]], tuple[Tensor, Any]]:
     """The two halves of a block, each by its fused step where it is known."""
     mixer, channels = block.mixer, block.channel_mixer
-    both = _known_mixer(block), _known_channels(block)
+    known_delta, known_reading, known_channels = _known_delta(block), _known_reading(block), _known_channels(block)
 
     def as_ever(x: Tensor, state: Any, context: dict[str, Any]) -> tuple[Tensor, Any]:
         y, state = block(x.unsqueeze(1), state, None, context)
         return y.squeeze(1), state
 
-    if not any(both) or not _unwatched(block, block.norm, block.channel_norm):
+    known = known_delta or known_reading or known_channels
+    if not known or not _unwatched(block, block.norm, block.channel_norm):
         return as_ever
-    known_mixer, known_channels = both
 
     def layer(x: Tensor, state: Any, context: dict[str, Any]) -> tuple[Tensor, Any]:
-        if known_mixer:
+        if known_delta:
             x, state = _delta_layer(mixer, x, block.norm, state)  # type: ignore[arg-type]
+        elif known_reading:
+            x, state = _reading_layer(mixer, x, block.norm, state)  # type: ignore[arg-type]
         else:
             mixed, state = block.mix(x.unsqueeze(1), state, None, context)
             x = x + mixed.squeeze(1)
@@ -147,18 +151,33 @@ def _eps(norm: nn.RMSNorm) -> float:
     return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
 
 
-def _known_mixer(block: Block) -> bool:
+def _known_reading(block: Block) -> bool:
+    """Whether `_reading_layer` is what this block's mixer does."""
+    mixer = block.mixer
+    if not isinstance(mixer, KeyValueMixer) or mixer.needs or mixer.takes:
+        return False
+    steps = "mix", "forward", "read_out"
+    if any(name in vars(mixer) or getattr(type(mixer), name) is not getattr(KeyValueMixer, name) for name in steps):
+        return False  # the class, or this one, has its own way
+    return (
+        type(block.norm) is RMSNorm
+        and type(mixer.norm) is GatedNorm
+        and _plain(mixer.to_output)
+        and _unwatched(mixer, mixer.norm, mixer.norm.norm)
+    )
+
+
+def _known_delta(block: Block) -> bool:
     """Whether `_delta_layer` is what this block's mixer does."""
     mixer = block.mixer
-    if type(mixer) not in _DELTA or not isinstance(mixer, DeltaRuleMixer) or type(block.norm) is not RMSNorm:
+    if type(mixer) not in _DELTA or not isinstance(mixer, DeltaRuleMixer) or not _known_reading(block):
         return False
     project = mixer.project
-    maps = [project.to_queries, project.to_keys, project.to_values, mixer.to_beta, mixer.to_output]
+    maps = [project.to_queries, project.to_keys, project.to_values, mixer.to_beta]
     maps += [each for each in (mixer.to_gate, getattr(mixer, "to_steps", None)) if each is not None]
     return (
         _plain(*maps)
         and _unwatched(*mixer.modules())
-        and type(mixer.norm) is GatedNorm
         and mixer.scan is delta_rule
         and (mixer.qk_activation, mixer.qk_norm) == ("silu", "l2")
     )
@@ -214,18 +233,30 @@ def _delta_layer(mixer: DeltaRuleMixer, x: Tensor, norm: RMSNorm, state: MatrixS
         largest_rate=2.0 if mixer.negative_eigenvalues else 1.0,
         scale=mixer.key_dim**-0.5,
     )
-    own: Any = mixer.norm
-    y = linear_step(
+    return _read_out(mixer, outputs, gate, x), state
+
+
+def _reading_layer(mixer: KeyValueMixer, x: Tensor, norm: RMSNorm, state: Any) -> tuple[Tensor, Any]:
+    """x + mixer(norm(x)), from what is read of the memory on in one launch; the state is a new one."""
+    normed = norm(x).unsqueeze(1)
+    outputs, state = mixer.remember(normed, state, None)
+    gate = None if mixer.to_gate is None else mixer.to_gate(normed).squeeze(1)
+    return _read_out(mixer, outputs.squeeze(1), gate, x), ostinato.state.compact(state)
+
+
+def _read_out(mixer: KeyValueMixer, outputs: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
+    """x + W_o [RMSNorm(o) ⊙ act(gate)]."""
+    norm: Any = mixer.norm
+    return linear_step(
         outputs.flatten(1),
         mixer.to_output.weight,
-        norm=own.norm.weight,
-        gate=gate,
+        norm=norm.norm.weight,
+        gate=None if norm.gate is None else gate,
         residual=x,
-        eps=own.eps,
-        activation=own.gate or "silu",
-        gate_first=own.gate_first,
+        eps=norm.eps,
+        activation=norm.gate or "silu",
+        gate_first=norm.gate_first,
     )
-    return y, state
 
 
 def _swiglu_layer(channels: SwiGLU, x: Tensor, norm: RMSNorm) -> Tensor:
