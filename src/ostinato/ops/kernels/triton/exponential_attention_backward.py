@@ -18,8 +18,8 @@ memory that is read, and what is added to it. One rounding each is left, of the 
 here. In units of the error that rounding the exact result makes (64 channels, 192 to 320 steps, in the interpreter): h,
 dq and dk err by 1.0, dv by 1.0 to 1.3, also where decays are weak (log-forget −4e-3) and where keys have one sign; dq
 by 1.3 where both is so. With one term everywhere dq errs by 1.8 to 3.2: δ and dS nearly cancel, q_t · dq_t = 0 where
-the denominator is den, so that errors of h stand beside a small result, the more where denominators come near 0. Without
-the second term of the memory h errs by 1.6 and dq by 1.5 at weak decays, up to 3 where denominators come near 0.
+the denominator is den, so that errors of h stand beside a small result, the more where denominators come near 0.
+Without the second term of the memory h errs by 1.6 and dq by 1.5 at weak decays, up to 3 where they come near 0.
 """
 
 from __future__ import annotations

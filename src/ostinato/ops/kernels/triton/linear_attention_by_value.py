@@ -219,7 +219,7 @@ def by_value(
             else:
                 cumulated += carry[None, :]
                 carry += tl.sum(change, axis=0)
-            if STRONG != 0:
+            if STRONG != 0:  # What is clamped is strong.
                 forgets = load_tile(log_decay, start, row, time, first, VALUE_DIM, ROWS, BV) <= FORGETS
                 cumulated = tl.where(forgets, 0.0, cumulated)
             put(gradient, start, row, time, first, batch, head, cumulated, VALUE_DIM, ROWS, BV, COPIED)
