@@ -9,6 +9,7 @@ from torch import Tensor
 
 import ostinato
 from ostinato import ops
+from ostinato.ops.delta_rule import unit_length
 from ostinato.ops.exponential_attention import ExponentialState
 
 BATCH, HEADS = 2, 3
@@ -57,6 +58,28 @@ def test_delta_rule(device, writes, others):
     if others:
         options |= {"read_keys": r, "erase_keys": e}
     assert_one_step(ops.delta_rule, (q, k, v, None if others else beta, g), options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("writes", [1, 2])
+def test_delta_rule_with_unit_lengths(device, dtype, writes):
+    q = torch.randn(BATCH, 1, HEADS, 20, device=device, dtype=dtype)
+    k = torch.randn(BATCH, writes, HEADS, 20, device=device, dtype=dtype)
+    v = torch.randn(BATCH, writes, HEADS, 9, device=device, dtype=dtype)
+    beta = torch.rand(BATCH, writes, HEADS, device=device)
+    options = {"state": torch.randn(BATCH, HEADS, 20, 9, device=device), "normalize": True}
+    arguments = (q, k, v, beta)
+    if dtype == torch.float32:
+        return assert_one_step(ops.delta_rule, arguments, options)
+    # Vectors of unit length are rounded to bf16, as tensors of their own would be.
+    with torch.no_grad(), ostinato.backend("triton_step"):
+        found, state = ops.delta_rule(*arguments, **options)
+    with ostinato.backend("reference"):
+        wanted, after = ops.delta_rule(
+            unit_length(q).float(), unit_length(k).float(), v.float(), beta, state=options["state"]
+        )
+    assert (state - after).norm() <= 1e-6 * after.norm()
+    assert (found.float() - wanted).norm() <= 4e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("size", [1.0, 60.0])

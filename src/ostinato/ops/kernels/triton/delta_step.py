@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ostinato.ops.kernels.triton.launch import power_of_two
+from ostinato.ops.kernels.triton.matrix_step import unit
 from ostinato.ops.kernels.triton.step_parts import begin, dependent, refusal
 
 COLUMNS, WARPS = 8, 1
@@ -28,7 +29,7 @@ def softplus(x):
 @triton.jit
 def _delta(
     queries, keys, values, rates, steps, log_rate, step_bias, memory, outputs,
-    q_row, k_row, v_row, rate_row, step_row, largest_rate, eps, scale,
+    q_row, k_row, v_row, rate_row, step_row, largest_rate, scale,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WRITES: tl.constexpr, DECAY: tl.constexpr,
     UNIT: tl.constexpr, DEPENDENT: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
@@ -45,8 +46,7 @@ def _delta(
     begin(DEPENDENT)
     query = tl.load(queries + batch * q_row + head * KEY_DIM + k_index, mask=k_mask, other=0.0).to(tl.float32)
     if UNIT:
-        query *= tl.rsqrt(tl.sum(query * query, axis=0) + eps)
-        query = query.to(queries.dtype.element_ty).to(tl.float32)
+        query = unit(query, queries.dtype.element_ty)
     if DECAY:
         raw = tl.load(steps + batch * step_row + head).to(tl.float32) + offset
         held *= tl.exp(speed * softplus(raw))
@@ -57,8 +57,7 @@ def _delta(
         opened = tl.sigmoid(tl.load(rates + batch * rate_row + at).to(tl.float32))
         rate = (opened.to(rates.dtype.element_ty).to(tl.float32) * largest_rate).to(rates.dtype.element_ty)
         if UNIT:
-            key *= tl.rsqrt(tl.sum(key * key, axis=0) + eps)
-            key = key.to(keys.dtype.element_ty).to(tl.float32)
+            key = unit(key, keys.dtype.element_ty)
         found = tl.sum(key[:, None] * held, axis=0)
         held += key[:, None] * (rate.to(tl.float32) * (value - found))[None, :]
     read = tl.sum(query[:, None] * held, axis=0).to(outputs.dtype.element_ty).to(tl.float32)
@@ -120,7 +119,7 @@ def run(
     columns = min(COLUMNS, power_of_two(value_dim))
     _delta[(batch * heads, triton.cdiv(value_dim, columns))](
         queries, keys, values, rates, steps, log_rate, step_bias, memory, outputs, queries.stride(0), keys.stride(0),
-        values.stride(0), rates.stride(0), 0 if steps is None else steps.stride(0), largest_rate, 1e-6, scale,
+        values.stride(0), rates.stride(0), 0 if steps is None else steps.stride(0), largest_rate, scale,
         HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, WRITES=writes, DECAY=steps is not None, UNIT=unit,
         K=power_of_two(key_dim), V=columns, num_warps=WARPS, **dependent(queries.device),
     )  # fmt: skip

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype
-from ostinato.ops.delta_rule import unit_length
 from ostinato.ops.exponential_attention import ExponentialState
 from ostinato.ops.kernels.triton.launch import power_of_two, tensors_in
 
@@ -24,11 +23,18 @@ _COLUMNS = 32
 
 
 @triton.jit
+def unit(vector, dtype: tl.constexpr):
+    """The vector by its length, as `unit_length` has it; rounded to `dtype`, as a tensor of its own would be."""
+    return (vector * tl.rsqrt(tl.sum(vector * vector, axis=0) + 1e-6)).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _step(
     queries, keys, values, beta, log_decay, state, reads, erases, reset, outputs, after,
     heads, key_dim, value_dim,
     DECAY: tl.constexpr, WRITES: tl.constexpr, CORRECTS: tl.constexpr, BETA: tl.constexpr, OTHER_READ: tl.constexpr,
-    OTHER_ERASE: tl.constexpr, STATE: tl.constexpr, RESET: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    OTHER_ERASE: tl.constexpr, UNIT: tl.constexpr, STATE: tl.constexpr, RESET: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -49,6 +55,8 @@ def _step(
     for write in tl.static_range(WRITES):
         at = (batch * WRITES + write) * heads + head
         key = tl.load(keys + at * key_dim + k_index, mask=k_mask, other=0.0).to(tl.float32)
+        if UNIT:
+            key = unit(key, keys.dtype.element_ty)
         value = tl.load(values + at * value_dim + v_index, mask=v_mask, other=0.0).to(tl.float32)
         rate = 1.0
         if BETA:
@@ -64,6 +72,8 @@ def _step(
             memory -= erase[:, None] * removed[None, :]
         memory += key[:, None] * value[None, :]
     query = tl.load(queries + row * key_dim + k_index, mask=k_mask, other=0.0).to(tl.float32)
+    if UNIT:
+        query = unit(query, queries.dtype.element_ty)
     tl.store(outputs + row * value_dim + v_index, tl.sum(query[:, None] * memory, axis=0), mask=v_mask)
     tl.store(after + cell, memory, mask=cell_mask)
 
@@ -80,8 +90,12 @@ def matrix_step(
     erase_keys: Tensor | None,
     reset: Tensor | None,
     corrects: bool,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the recurrence at the head of this file; arguments as those of `delta_rule` for one token."""
+    """One step of the recurrence at the head of this file; arguments as those of `delta_rule` for one token.
+
+    With `normalize`, of queries and keys of unit length.
+    """
     batch, _, heads, key_dim = queries.shape
     writes, value_dim = keys.shape[1], values.shape[-1]
     arguments = (queries, keys, values, beta, log_decay, state, read_keys, erase_keys, reset)
@@ -93,7 +107,8 @@ def matrix_step(
         *given, outputs, after, heads, key_dim, value_dim,
         DECAY=0 if log_decay is None else log_decay.ndim - 2, WRITES=writes, CORRECTS=corrects,
         BETA=beta is not None, OTHER_READ=read_keys is not None, OTHER_ERASE=erase_keys is not None,
-        STATE=state is not None, RESET=reset is not None, K=power_of_two(key_dim), V=columns, num_warps=4,
+        UNIT=normalize, STATE=state is not None, RESET=reset is not None, K=power_of_two(key_dim), V=columns,
+        num_warps=4,
     )  # fmt: skip
     return outputs, after
 
@@ -110,6 +125,7 @@ def _(
     erase_keys: Tensor | None,
     reset: Tensor | None,
     corrects: bool,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, _, heads, key_dim = queries.shape
     value_dim = values.shape[-1]
@@ -234,7 +250,7 @@ def run_linear_attention(
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
     """`linear_attention` for one token."""
-    return matrix_step(queries, keys, values, None, log_decay, state, None, None, reset, False)
+    return matrix_step(queries, keys, values, None, log_decay, state, None, None, reset, False, False)
 
 
 def run_delta_rule(
@@ -251,9 +267,7 @@ def run_delta_rule(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule` for one token."""
-    if normalize:
-        queries, keys = unit_length(queries), unit_length(keys)
-    return matrix_step(queries, keys, values, beta, log_decay, state, read_keys, erase_keys, reset, True)
+    return matrix_step(queries, keys, values, beta, log_decay, state, read_keys, erase_keys, reset, True, normalize)
 
 
 def run_exponential_attention(
