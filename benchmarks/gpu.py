@@ -312,7 +312,7 @@ def training(peers: bool, compiled: bool, steps: int = 16, batch: int = 8, windo
 
 
 def streaming(compiled: bool) -> list[Row]:
-    """Microseconds for one token, batch 1, of the same model in bf16: plain, as a CUDA graph, compiled."""
+    """Microseconds for one token, batch 1, of the same model in bf16: plain, as a CUDA graph, of fewer kernels."""
     from ostinato.models.captured import CapturedStep
 
     rows = []
@@ -323,6 +323,7 @@ def streaming(compiled: bool) -> list[Row]:
     ways: dict[str, Callable[[], Callable[[], Any]]] = {
         "plain": lambda: lambda: model.advance(token, state),
         "CUDA graph": lambda: (lambda step: lambda: step(token))(CapturedStep(model, state)),
+        "CUDA graph, fused": lambda: (lambda step: lambda: step(token))(CapturedStep(model, state, fused=True)),
         "CUDA graph, compiled": lambda: (lambda step: lambda: step(token))(CapturedStep(model, state, compile=True)),
     }
     for name, make in ways.items():

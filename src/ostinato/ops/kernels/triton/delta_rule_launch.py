@@ -213,7 +213,7 @@ def _walk(
         TIED=chunks.totals is None,
         CHANNELS=chunks.totals is not None,
         PRECISION=dot_precision(values.dtype),
-        STAGES=p.walk_stages,
+        STAGES=p.again_stages if outputs is None and kept is not None else p.walk_stages,
         num_warps=p.walk_warps,
     )
 

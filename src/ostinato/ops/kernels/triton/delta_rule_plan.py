@@ -36,6 +36,8 @@ class Plan(NamedTuple):
     """Value channels of a program of the walks, and of what they keep a scale for."""
     walk_warps: int
     walk_stages: int
+    again_stages: int
+    """Of the walk that the backward pass repeats."""
     back_warps: int
     back_stages: int
     gradient_warps: int
@@ -130,7 +132,10 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
         value_block=widest,
         walk_warps=4,
         walk_stages=stages,
-        back_warps=4,
+        # With fewer stages two programs of it share a processor.
+        again_stages=stages if channels else min(2, stages),
+        # With four, an H100's registers do not hold the state and what is made of it.
+        back_warps=8 if half and key_block == 128 and not channels else 4,
         back_stages=stages,
         gradient_warps=8,
         gradient_stages=1,

@@ -14,7 +14,7 @@ from ostinato.ops.kernels.triton.launch import power_of_two
 from ostinato.ops.kernels.triton.matrix_step import unit
 from ostinato.ops.kernels.triton.step_parts import begin, dependent, refusal
 
-COLUMNS, WARPS = 8, 1
+COLUMNS, WARPS = 8, 2
 LARGEST_KEY = 512
 
 

@@ -99,7 +99,7 @@ def _forward(
     call = launches.call(queries, values)
     queries, keys, values = launches.whole(queries), launches.whole(keys), launches.whole(values)
     outputs, last, last_sum, *start, gates = _empty(call, values, reset is not None)
-    lost = torch.empty_like(outputs) if call.terms else outputs
+    lost = torch.empty_like(outputs) if call.two_terms else outputs
     launches.gates(call, gates, log_input.contiguous(), log_forget.contiguous(), _flat(maximum), _flat(reset))
     reach, source, enter, leave, inverse, side = gates.per_token[:6].unbind(0)
     initial: tuple[Tensor | None, Tensor | None] = (_flat(memory), _flat(normalizer))
@@ -124,7 +124,7 @@ def _forward(
         )  # fmt: skip
 
     fitting(call.key("outputs", reset is not None), launch, walk.smaller("block_values"))
-    lost = lost if call.terms else outputs.new_empty(0)
+    lost = lost if call.two_terms else outputs.new_empty(0)
     return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1], lost  # type: ignore[return-value]
 
 
@@ -134,7 +134,7 @@ def _(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> _Made:
     call = launches.call(queries, values)
     outputs, last, last_sum, *start, gates = _empty(call, values, reset is not None)
     outputs = outputs.contiguous()
-    lost = outputs.new_empty(outputs.shape if call.terms else (0,))
+    lost = outputs.new_empty(outputs.shape if call.two_terms else (0,))
     return outputs, last, last_sum, gates.last_maximum, *start, *gates[:-1], lost  # type: ignore[return-value]
 
 
@@ -174,9 +174,9 @@ def _backward(
     delta, read, read_sum, by_maximum = per_token.new_empty(4, call.rows, tokens).unbind(0)
     all_values = (call.length, launches.block(call.values, WIDEST))
     shares_kernel[(call.rows, call.chunks)](
-        launches.sequence(outputs, *all_values), launches.sequence(lost if call.terms else outputs, *all_values),
+        launches.sequence(outputs, *all_values), launches.sequence(lost if call.two_terms else outputs, *all_values),
         launches.sequence(grads, *all_values),
-        inverse, side, enter, delta, read, read_sum, by_maximum, call.heads, tokens, eps, HAS_LOST=call.terms > 0,
+        inverse, side, enter, delta, read, read_sum, by_maximum, call.heads, tokens, eps, HAS_LOST=call.two_terms,
         BLOCK_VALUES=all_values[1], LENGTH=call.length,
     )  # fmt: skip
 

@@ -102,7 +102,7 @@ def chunk_gradients_kernel(
     grad_queries, grad_keys, grad_values, inner, through,
     heads, chunks, rows,
     KEYS: tl.constexpr, VALUES: tl.constexpr, HAS_RESET: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, LENGTH: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr, LENGTH: tl.constexpr, TWO: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_VALUES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Three programs a chunk, for dq, dk and dv; they run side by side and find each other's loads in the cache.
@@ -139,7 +139,7 @@ def chunk_gradients_kernel(
             )
             by_queries += seen_sum[:, None] * n[None, :]
             into += tl.sum(q.to(tl.float32) * by_queries, axis=1)
-            by_queries = add_by_left(by_queries, by_scores, k, WIDE, PRECISION, TERMS > 0)
+            by_queries = add_by_left(by_queries, by_scores, k, WIDE, PRECISION, TWO)
             store_tile(grad_queries, by_queries, batch, head, token, key, LENGTH, BLOCK_KEYS)
         tl.store(inner + plane + at, into)
     elif task == 1:
@@ -164,7 +164,7 @@ def chunk_gradients_kernel(
             by_keys = tl.dot(v.to(WIDE), tl.trans(operand(r, WIDE, PRECISION)), input_precision=PRECISION)
             by_keys = (by_keys + rn[None, :]) * kept[:, None]
             out += tl.sum(k.to(tl.float32) * by_keys, axis=1)
-            by_keys = add_by_left(by_keys, tl.trans(by_scores), q, WIDE, PRECISION, TERMS > 0)
+            by_keys = add_by_left(by_keys, tl.trans(by_scores), q, WIDE, PRECISION, TWO)
             store_tile(grad_keys, by_keys, batch, head, token, key, LENGTH, BLOCK_KEYS)
         pairs = scores * by_scores
         strict = tl.where(place[:, None] > place[None, :], pairs, 0.0)
@@ -186,5 +186,5 @@ def chunk_gradients_kernel(
         weights = chunk_weights(decayed, reach, source, first_token, begin, HAS_RESET, EXACT, LENGTH)
         weights *= tl.load(inverse + at)[:, None]
         by_values *= tl.load(leave + at)[:, None]
-        by_values = add_by_left(by_values, tl.trans(scores * weights), g, WIDE, PRECISION, TERMS > 1)
+        by_values = add_by_left(by_values, tl.trans(scores * weights), g, WIDE, PRECISION, TWO)
         store_tile(grad_values, by_values, batch, head, token, 0, LENGTH, BLOCK_VALUES)

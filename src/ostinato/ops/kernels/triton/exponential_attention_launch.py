@@ -16,10 +16,6 @@ from ostinato.ops.kernels.triton.launch import attend, card, dot_precision, fitt
 WIDEST = 256
 """Channels of a head that the kernels take."""
 
-TERMS = 2
-"""Temporary, for timing. In bfloat16: 0 one term everywhere; 1 two of pairs of tokens and of h in its gradient; 2 also
-of the memory that is read, forward, and of what is added to it."""
-
 
 class Walk(NamedTuple):
     """How a walk over time is launched."""
@@ -52,7 +48,7 @@ class Call(NamedTuple):
     wide: torch.dtype
     precision: str
     processors: int
-    terms: int
+    two_terms: bool
 
     @property
     def rows(self) -> int:
@@ -77,7 +73,7 @@ class Call(NamedTuple):
             "WIDE": tl.bfloat16 if self.wide == torch.bfloat16 else tl.float32,
             "PRECISION": self.precision,
             "LENGTH": self.length,
-            "TERMS": self.terms,
+            "TWO": self.two_terms,
         }
 
 
@@ -98,7 +94,7 @@ def call(queries: Tensor, values: Tensor) -> Call:
         torch.bfloat16 if queries.dtype == torch.bfloat16 else torch.float32,
         dot_precision(queries.dtype),
         card(queries.device).processors,
-        TERMS if queries.dtype == torch.bfloat16 else 0,
+        queries.dtype == torch.bfloat16,
     )
 
 

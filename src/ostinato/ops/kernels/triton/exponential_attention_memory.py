@@ -91,7 +91,7 @@ def states_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     LENGTH: tl.constexpr,
-    TERMS: tl.constexpr,
+    TWO: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
 ):
@@ -135,7 +135,7 @@ def states_kernel(
         scale = tl.load(gate + tokens + token + place)
         sum_scale = tl.load(sum_gate + tokens + token + place)
         kept = tl.load(carried + row * chunks + chunk)
-        state = add_by_right(state * kept, tl.trans(a), b.to(tl.float32) * scale[:, None], WIDE, PRECISION, TERMS > 1)
+        state = add_by_right(state * kept, tl.trans(a), b.to(tl.float32) * scale[:, None], WIDE, PRECISION, TWO)
         total = total * kept + tl.sum(a.to(tl.float32) * sum_scale[:, None], axis=0)
         product *= kept
     store_matrix(last + whole * VALUES, state, key, value, KEYS, VALUES, BLOCK_KEYS, BLOCK_VALUES)
@@ -216,7 +216,7 @@ def outputs_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     LENGTH: tl.constexpr,
-    TERMS: tl.constexpr,
+    TWO: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -224,7 +224,7 @@ def outputs_kernel(
     """h of a segment and of a block of value channels, and the last state.
 
     Also, for the gradients, 1 / (max(|den|, exp(−m)) + ε) and its derivative's side: sign(den) where |den| is the
-    greater, else 0 (at a tie half, as torch.maximum has it); with two TERMS also `lost`, by h when it was rounded.
+    greater, else 0 (at a tie half, as torch.maximum has it); with TWO terms also `lost`, by h when it was rounded.
     """
     where = tl.program_id(1)
     row = where // segments
@@ -252,10 +252,10 @@ def outputs_kernel(
         through = tl.load(carried + row * chunks + chunk)
         grown = tl.load(enter + at + place)
         nothing = tl.zeros([LENGTH, BLOCK_VALUES], tl.float32)
-        read = add_by_right(nothing, q, state, WIDE, PRECISION, TERMS > 1) * grown[:, None]
+        read = add_by_right(nothing, q, state, WIDE, PRECISION, TWO) * grown[:, None]
         weights = chunk_weights(decayed, reach, source, first_token, at, HAS_RESET, EXACT, LENGTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * weights
-        numerator = add_by_left(read, scores, v, WIDE, PRECISION, TERMS > 0)
+        numerator = add_by_left(read, scores, v, WIDE, PRECISION, TWO)
         denominator = tl.sum(scores, axis=1) + grown * tl.sum(q.to(tl.float32) * total[None, :], axis=1)
         # All is multiplied by exp(min(m, 0)), so that nothing overflows for m ≪ 0.
         now = tl.load(maximum + at + place).to(tl.float32)
@@ -266,14 +266,14 @@ def outputs_kernel(
         factor = tl.where(token + place < time, scale / (tl.maximum(size, floor) + eps * scale), 0.0)
         h = numerator * factor[:, None]
         store_tile(outputs, h, batch, head, token, value, LENGTH, BLOCK_VALUES)
-        if TERMS > 0:
+        if TWO:
             store_tile(lost, remainder(h, h.to(outputs.dtype)), batch, head, token, value, LENGTH, BLOCK_VALUES)
         if value == 0:
             share = tl.where(size > floor, 1.0, tl.where(size == floor, 0.5, 0.0))
             signed = tl.where(denominator > 0, share, tl.where(denominator < 0, -share, 0.0))
             tl.store(inverse + at + place, factor)
             tl.store(side + at + place, signed)
-        state = add_by_right(state * through, tl.trans(k), v.to(tl.float32) * kept[:, None], WIDE, PRECISION, TERMS > 1)
+        state = add_by_right(state * through, tl.trans(k), v.to(tl.float32) * kept[:, None], WIDE, PRECISION, TWO)
         total = total * through + tl.sum(k.to(tl.float32) * kept[:, None], axis=0)
     if part == segments - 1:
         final = row.to(tl.int64) * KEYS

@@ -98,7 +98,6 @@ def by_value(
     STRONG: tl.constexpr,
     STAGES: tl.constexpr,
     TWO: tl.constexpr,
-    TWO_OF_STATE: tl.constexpr,
 ):
     """Forwards: `products` is set to beside ⊙ outputs, without the pair of a step with itself, and the last state is
     without what the last step wrote. Backwards, the gradient of the log-decays is cumulated of products − beside ⊙
@@ -167,7 +166,7 @@ def by_value(
             if REVERSE:
                 total = -total
             state = state * tl.exp2(half)[None, :]
-            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO_OF_STATE)
+            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
             wrote, rest = terms(u * tl.exp2(-total), WIDE, PRECISION, TWO)
@@ -185,9 +184,7 @@ def by_value(
             g, before, after = decays(
                 log_decay, reset, start, row, time, first, VALUE_DIM, ROWS, BV, RESET, REVERSE, FINE
             )
-            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO_OF_STATE) * tl.exp2(
-                before
-            )
+            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO) * tl.exp2(before)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
             y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, WIDE, TWO)

@@ -23,10 +23,6 @@ MILD = 112.0
 """What a channel may forget in a chunk, as a logarithm to base 2, and be computed without halving: half of it is to
 stay within the types' range when exponentiated."""
 
-TERMS = 2
-"""Temporary, for timing. In bfloat16: 0 one term everywhere; 1 two terms of what is decayed; 2 also of the state that
-by_value reads."""
-
 
 def plan_rows(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
     """Steps in a chunk. Few in float32, whose products are unrolled: more take the compiler long, and spill."""
@@ -42,7 +38,9 @@ def plan_by_key(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     rows = plan_rows(dtype, key_dim, value_dim)
     if dtype == torch.float32:
         return Plan(rows, min(32, block(value_dim)), warps=4, stages=1)
-    return Plan(rows, min(64 if large else 128, block(value_dim)), warps=8, stages=1 if large else 2)
+    values = min(64 if large else 128, block(value_dim))
+    # Of few values eight warps read beyond their shared memory (64 keys, 32 values; as compiled by Triton 3.6).
+    return Plan(rows, values, warps=8 if large or values == 128 else 4, stages=1 if large else 2)
 
 
 def plan_by_value(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
@@ -71,10 +69,7 @@ class ChannelWalks(Walks):
     ) -> None:
         """Both kinds of the kernel; in float32 all sequences count as strong, which loses the fewest digits."""
         fine, grid = values.dtype == torch.float32, self.grid(values, sizes)
-        half = values.dtype == torch.bfloat16
-        constants["TWO"] = half and TERMS > 0
-        if kernel is value_kernel:
-            constants["TWO_OF_STATE"] = half and TERMS > 1
+        constants["TWO"] = values.dtype == torch.bfloat16
         shared = (self.log_decay, self.reset, self.totals, self.strong, self.rows.bit_length() - 1)
         if not fine:
             kernel[grid](*arguments, *shared, FINE=fine, STRONG=0, **constants)

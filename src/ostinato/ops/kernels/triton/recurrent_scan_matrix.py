@@ -3,12 +3,11 @@
 The rows of the matrix are the rows of the tensor-core product H W, so a single sequence fills it. The forward
 kernel writes the outputs and nothing else; the backward kernel recomputes the candidates from them.
 
-In half precision, what goes from step to step enters its products in two terms: the memory forward, the gradient of
-the pre-activations back. With one term the errors of all steps add up, and W may let them grow. In units of the error
-that rounding the exact result makes (emulated, 130 to 300 steps of 64 × 16 numbers): h 1.0 instead of 1.1 to 1.6; near
-W = 1 the gradients 0.4 to 1.4 instead of 0.7 to 2.3, and without resets instead of up to 12; where W lets errors grow,
-1 + 0.3 N and a reset in every third step, up to 1.6 instead of up to 28. What remains is that the backward kernel knows
-the memory only as it was written: with a second term of that, too, it would be 1.0 to 1.4 in all of these.
+In half precision, what goes from step to step enters its products with more digits than the inputs have: in bfloat16
+the memory as float16, forward, and the gradient of the pre-activations in two terms, back; in float16 all in two terms.
+With one term of bfloat16 the errors of all steps add up, and W may let them grow: in units of the error that rounding
+the exact result makes (130 to 300 steps of 64 × 16 numbers, W = 1 + 0.3 N) up to 28. What remains is that the backward
+kernel knows the memory only as it was written.
 """
 
 from __future__ import annotations
@@ -32,10 +31,6 @@ _LARGEST = {2: (8192, 64), 4: (2048, 32)}
 # Bytes of shared memory for each of them.
 _BYTES = 16
 
-TWO_TERMS = 2
-"""Temporary, for timing. In half precision, two terms of what enters a product on the way: 0 nowhere, 1 forward,
-2 also backward."""
-
 
 @triton.jit
 def _row(pointer, size, COUNT: tl.constexpr, ALL: tl.constexpr):
@@ -48,12 +43,15 @@ def _row(pointer, size, COUNT: tl.constexpr, ALL: tl.constexpr):
 
 
 @triton.jit
-def _product(of, factor, TWO_TERMS: tl.constexpr):
-    """of @ factor, where `of` is float32 and enters in the type of `factor`: in one term, or in two."""
-    high = of.to(factor.dtype)
-    product = tl.dot(high, factor, input_precision="ieee")
-    if TWO_TERMS:
-        product += tl.dot(remainder(of, high), factor, input_precision="ieee")
+def _product(memory, mixing, HALF: tl.constexpr, TWO: tl.constexpr):
+    """The memory times W. In half precision both are float16, which has three digits more than bfloat16."""
+    if HALF:
+        high = tl.minimum(tl.maximum(memory, -65504.0), 65504.0).to(tl.float16)
+        product = tl.dot(high, mixing, input_precision="ieee")
+        if TWO:
+            product = tl.dot(remainder(memory, high), mixing, product, input_precision="ieee")
+    else:
+        product = tl.dot(memory, mixing, input_precision="ieee")
     return product
 
 
@@ -76,7 +74,8 @@ def forward_kernel(
     RESET: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISE: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
+    HALF: tl.constexpr,
+    TWO: tl.constexpr,
 ):
     """All steps of one head of one row of the batch."""
     kind = keys.dtype.element_ty
@@ -91,7 +90,7 @@ def forward_kernel(
     u = tl.arange(0, V)[:, None]
     square = (u < VALUE) & (j < VALUE)
     mixing = tl.load(weight + head * VALUE * VALUE + u * VALUE + j, mask=square, other=0.0)
-    mixing = tl.where(square, mixing, 0.0).to(kind)
+    mixing = tl.where(square, mixing, 0.0).to(tl.float16 if HALF else kind)
 
     at = (b * heads + head) * KEY * VALUE + here
     memory = tl.load(start + at, mask=mask, other=0.0)
@@ -102,7 +101,7 @@ def forward_kernel(
     f = tl.load(f_at).to(tl.float32)
     if RESET:
         memory = tl.where(tl.load(reset + b * time) != 0, 0.0, memory)
-    product = _product(memory, mixing, TWO_TERMS)
+    product = _product(memory, mixing, HALF, TWO)
     # What feeds the product and is large enough is copied to shared memory in the background, STAGES − 1 steps
     # ahead; values and gates are loaded one step ahead.
     for t in tl.range(0, time, num_stages=STAGES):
@@ -120,7 +119,7 @@ def forward_kernel(
         if RESET:
             fresh = tl.load(reset + b * time + t + 1, mask=t + 1 < time, other=0) != 0
             memory = tl.where(fresh, 0.0, memory)
-        product = _product(memory, mixing, TWO_TERMS)
+        product = _product(memory, mixing, HALF, TWO)
         v, f = next_v, next_f
     tl.store(last + at, memory, mask=mask)
 
@@ -139,7 +138,8 @@ def _step_back(
     bound,
     CLIP: tl.constexpr,
     PRECISE: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
+    HALF: tl.constexpr,
+    TWO: tl.constexpr,
 ):
     """The gradient of the memory that enters, of W so far, and of k, v and f."""
     kind = entering.dtype
@@ -147,16 +147,17 @@ def _step_back(
     candidate = tanh(product + k[:, None] * v[None, :], PRECISE)
     delta = carried + dy.to(tl.float32)
     by_candidate = (1 - f) * delta * (1 - candidate * candidate)
-    change = by_candidate.to(kind)
-    carried = tl.dot(change, turned, f * delta, input_precision="ieee")
-    d_mixing = tl.dot(tl.trans(entering), change, d_mixing, input_precision="ieee")
-    if TWO_TERMS:
-        low = remainder(by_candidate, change)
-        carried = tl.dot(low, turned, carried, input_precision="ieee")
-        d_mixing = tl.dot(tl.trans(entering), low, d_mixing, input_precision="ieee")
     df = tl.sum(delta * (entering.to(tl.float32) - candidate))
     dk = tl.sum(by_candidate * v[None, :], axis=1)
     dv = tl.sum(by_candidate * k[:, None], axis=0)
+    change = by_candidate.to(kind)
+    d_mixing = tl.dot(tl.trans(entering), change, d_mixing, input_precision="ieee")
+    carried = tl.dot(change, turned, f * delta, input_precision="ieee")
+    if HALF:
+        low = remainder(by_candidate, change)
+        carried = tl.dot(low, turned, carried, input_precision="ieee")
+        if TWO:
+            d_mixing = tl.dot(tl.trans(entering), low, d_mixing, input_precision="ieee")
     if CLIP:
         carried = tl.minimum(tl.maximum(carried, -bound), bound)
     return carried, d_mixing, dk, dv, df
@@ -189,7 +190,8 @@ def backward_kernel(
     CLIP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISE: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
+    HALF: tl.constexpr,
+    TWO: tl.constexpr,
 ):
     """The walk back for one head of one row of the batch."""
     kind = keys.dtype.element_ty
@@ -233,7 +235,7 @@ def backward_kernel(
             fresh = tl.load(reset + b * time + time - 1 - back) != 0
             entering = tl.where(fresh, 0.0, entering.to(tl.float32)).to(kind)
         carried, d_mixing, dk, dv, df = _step_back(
-            entering, k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE, TWO_TERMS
+            entering, k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE, HALF, TWO
         )
         if RESET:
             carried = tl.where(fresh, 0.0, carried)
@@ -256,7 +258,7 @@ def backward_kernel(
     dy = tl.load(dy_at, mask=mask, other=0.0)
     k = _row(k_at, KEY, K, KEY == K)
     carried, d_mixing, dk, dv, df = _step_back(
-        entering.to(kind), k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE, TWO_TERMS
+        entering.to(kind), k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE, HALF, TWO
     )
     if RESET:
         carried = tl.where(fresh, 0.0, carried)
@@ -289,7 +291,7 @@ def run(cell: M2RNN, weights: Weights, inputs: Inputs, state: Any, reset: Tensor
     return outputs, Memory(last)
 
 
-def _constants(keys: Tensor, values: Tensor, reset: Tensor | None, backward: bool) -> dict[str, Any]:
+def _constants(keys: Tensor, values: Tensor, reset: Tensor | None) -> dict[str, Any]:
     key, value = keys.shape[-1], values.shape[-1]
     k, v = power_of_two(max(key, 16)), power_of_two(max(value, 16))
     return {
@@ -302,7 +304,8 @@ def _constants(keys: Tensor, values: Tensor, reset: Tensor | None, backward: boo
         "num_warps": warps(k, v),
         "num_stages": 1,
         "STAGES": 3,
-        "TWO_TERMS": keys.dtype != torch.float32 and backward < TWO_TERMS,
+        "HALF": keys.dtype != torch.float32,
+        "TWO": keys.dtype == torch.float16,
     }
 
 
@@ -336,7 +339,7 @@ def forward(
         last,
         time,
         heads,
-        **_constants(keys, values, reset, backward=False),
+        **_constants(keys, values, reset),
     )
     return outputs, last
 
@@ -395,7 +398,7 @@ def backward(
         heads,
         0.0 if clip is None else float(clip),
         CLIP=clip is not None,
-        **_constants(keys, values, reset, backward=True),
+        **_constants(keys, values, reset),
     )
     return d_weight.sum(0), d_keys, d_values, d_forget, d_start
 

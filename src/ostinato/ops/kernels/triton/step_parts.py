@@ -25,13 +25,13 @@ try:
 except ImportError:  # an older Triton
     DEPENDENT = False
 
-EARLY = False
+EARLY = True
 """Whether a kernel lets the next one start before its own wait, so that several stand in line, or after it."""
 BYTES = 12288
 """Of weights, that a program of a product reads at most, if that leaves enough programs."""
 PROGRAMS = 264
 """Two for each processor of an H100: a product is not cut into fewer as long as there are rows."""
-THREAD_BYTES = 64
+THREAD_BYTES = 128
 """Of weights, that a thread reads: it asks for all of them at once."""
 LARGEST_BATCH = 8
 WIDEST = 16384
