@@ -172,7 +172,7 @@ def _backward(
     reach, source, enter, leave, inverse, side = per_token[:6].unbind(0)
     tokens = call.chunks * call.length
     delta, read, read_sum, by_maximum = per_token.new_empty(4, call.rows, tokens).unbind(0)
-    all_values = (call.length, launches.block(call.values, WIDEST))
+    all_values = (call.length, launches.block(call, call.values, WIDEST))
     shares_kernel[(call.rows, call.chunks)](
         launches.sequence(outputs, *all_values), launches.sequence(lost if call.two_terms else outputs, *all_values),
         launches.sequence(grads, *all_values),

@@ -98,15 +98,19 @@ def call(queries: Tensor, values: Tensor) -> Call:
     )
 
 
-def block(size: int, most: int) -> int:
-    """Channels of a tile: a power of two from 16 to `most`."""
-    return min(max(16, power_of_two(size)), most)
+def block(call: Call, size: int, most: int) -> int:
+    """Channels of a tile: a power of two to `most`.
+
+    In half precision no fewer than 64: with 64 keys and tiles of 32 values an H200 had wrong results (88 %), which the
+    same kernels do not have in the interpreter.
+    """
+    return min(max(16 if call.exact else 64, power_of_two(size)), most)
 
 
 def outputs_walk(call: Call) -> Walk:
     """How the walk that makes the outputs is cut."""
-    keys = block(call.keys, WIDEST)
-    values = block(call.values, 32 if call.exact else 64)
+    keys = block(call, call.keys, WIDEST)
+    values = block(call, call.values, 32 if call.exact else 64)
     warps = 8 if keys * values > 8192 else 4
     programs = call.rows * -(-call.values // values)
     return Walk(keys, values, warps, 1 if call.exact else 2, *call.cut(programs, call.processors * (8 // warps)))
@@ -114,15 +118,15 @@ def outputs_walk(call: Call) -> Walk:
 
 def states_walk(call: Call) -> Walk:
     """Of `states_kernel`; in the segments of `outputs_walk`, whose entering states it shares."""
-    keys = block(call.keys, 64)
-    values = block(call.values, 64 if call.exact else 128)
+    keys = block(call, call.keys, 64)
+    values = block(call, call.values, 64 if call.exact else 128)
     return Walk(keys, values, 4, 2, *outputs_walk(call)[-2:])
 
 
 def chunk_gradients_walk(call: Call) -> Walk:
     """Of `chunk_gradients_kernel`, whose segments are chunks."""
-    values = block(call.values, WIDEST)
-    keys = block(call.keys, 32 if call.exact else 64)
+    values = block(call, call.values, WIDEST)
+    keys = block(call, call.keys, 32 if call.exact else 64)
     return Walk(keys, values, 4 if values <= 128 else 8, 1 if call.exact else 2, 1, call.chunks)
 
 

@@ -16,7 +16,7 @@ from ostinato.ops.kernels.triton import linear_attention_channels as kernels
 from ostinato.ops.kernels.triton.launch import fitting, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_by_key import by_key as key_kernel
 from ostinato.ops.kernels.triton.linear_attention_by_value import by_value as value_kernel
-from ostinato.ops.kernels.triton.linear_attention_launch import Plan, Walks, block, chunk_sums, chunks_of_segment
+from ostinato.ops.kernels.triton.linear_attention_launch import Plan, Walks, chunk_sums, chunks_of_segment, value_block
 from ostinato.ops.kernels.triton.tuned import tuned
 
 MILD = 112.0
@@ -37,9 +37,10 @@ def plan_by_key(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     large = power_of_two(key_dim) > 128
     rows = plan_rows(dtype, key_dim, value_dim)
     if dtype == torch.float32:
-        return Plan(rows, min(32, block(value_dim)), warps=4, stages=1)
-    values = min(64 if large else 128, block(value_dim))
-    # Of few values eight warps read beyond their shared memory (64 keys, 32 values; as compiled by Triton 3.6).
+        return Plan(rows, min(32, value_block(value_dim, dtype)), warps=4, stages=1)
+    values = min(64 if large else 128, value_block(value_dim, dtype))
+    # Of few values eight warps read beyond their shared memory (64 keys, 32 values; as compiled by Triton 3.6), four
+    # do not.
     return Plan(rows, values, warps=8 if large or values == 128 else 4, stages=1 if large else 2)
 
 
@@ -48,8 +49,8 @@ def plan_by_value(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     large = power_of_two(key_dim) > 128
     rows = plan_rows(dtype, key_dim, value_dim)
     if dtype == torch.float32:
-        return Plan(rows, min(32, block(value_dim)), warps=4, stages=1)
-    return Plan(rows, min(32, block(value_dim)), warps=4, stages=1 if large else 2)
+        return Plan(rows, min(32, value_block(value_dim, dtype)), warps=4, stages=1)
+    return Plan(rows, min(32, value_block(value_dim, dtype)), warps=4, stages=1 if large else 2)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def channel_sums(
         MILD=MILD,
         WIDTH=width,
         ROWS=rows,
-        COLUMNS=block(width),
+        COLUMNS=max(16, power_of_two(width)),
         RESET=reset is not None,
         num_warps=4,
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ostinato.ops.checks import HALF
 from ostinato.ops.kernels.triton import chunk_parts
 from ostinato.ops.kernels.triton.launch import INTERPRETED, attend, card, dot_precision, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_walk import enter
@@ -38,9 +39,18 @@ class Plan(NamedTuple):
         return [self, self._replace(stages=1), self._replace(stages=1, block=16)]
 
 
-def block(size: int) -> int:
-    """Channels of a tile that holds `size`."""
-    return max(16, power_of_two(size))
+def key_block(size: int, dtype: torch.dtype) -> int:
+    """Channels of a tile that holds `size`, of those that a state is read and written by.
+
+    In half precision no fewer than 64: with 24 keys and 100 values, in tiles of 32 and 128, a kernel read beyond its
+    shared memory on an H200, which nothing in its code explains.
+    """
+    return max(64 if dtype in HALF else 16, power_of_two(size))
+
+
+def value_block(size: int, dtype: torch.dtype) -> int:
+    """Channels of a tile that holds `size`, of those that it keeps."""
+    return max(32 if dtype in HALF else 16, power_of_two(size))
 
 
 def describable(tensor: Tensor) -> bool:
@@ -173,8 +183,10 @@ class Walks(ABC):
         capable = INTERPRETED or card(values.device).capability >= (9, 0)
         copied = self.copies and capable and values.element_size() == 2
         copied = copied and all(tensor is None or describable(tensor) for tensor in wide + narrow)
+        keys = key_block(key_dim, values.dtype)
+        copied = copied and keys == key_dim and value_dim % sizes.block == 0  # heads lie side by side
         if copied:
-            wide = described(wide, self.rows, block(key_dim))
+            wide = described(wide, self.rows, keys)
             narrow = described(narrow, self.rows, sizes.block)
         sizes_and_strides = (
             time,
@@ -189,7 +201,7 @@ class Walks(ABC):
             "KEY_DIM": key_dim,
             "VALUE_DIM": value_dim,
             "ROWS": self.rows,
-            "BK": block(key_dim),
+            "BK": keys,
             "BV": sizes.block,
             "REVERSE": reverse,
             "RESET": self.parts is not None,

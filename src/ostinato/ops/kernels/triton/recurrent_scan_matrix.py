@@ -139,7 +139,6 @@ def _step_back(
     CLIP: tl.constexpr,
     PRECISE: tl.constexpr,
     HALF: tl.constexpr,
-    TWO: tl.constexpr,
 ):
     """The gradient of the memory that enters, of W so far, and of k, v and f."""
     kind = entering.dtype
@@ -156,8 +155,7 @@ def _step_back(
     if HALF:
         low = remainder(by_candidate, change)
         carried = tl.dot(low, turned, carried, input_precision="ieee")
-        if TWO:
-            d_mixing = tl.dot(tl.trans(entering), low, d_mixing, input_precision="ieee")
+        d_mixing = tl.dot(tl.trans(entering), low, d_mixing, input_precision="ieee")
     if CLIP:
         carried = tl.minimum(tl.maximum(carried, -bound), bound)
     return carried, d_mixing, dk, dv, df
@@ -191,7 +189,6 @@ def backward_kernel(
     STAGES: tl.constexpr,
     PRECISE: tl.constexpr,
     HALF: tl.constexpr,
-    TWO: tl.constexpr,
 ):
     """The walk back for one head of one row of the batch."""
     kind = keys.dtype.element_ty
@@ -235,7 +232,7 @@ def backward_kernel(
             fresh = tl.load(reset + b * time + time - 1 - back) != 0
             entering = tl.where(fresh, 0.0, entering.to(tl.float32)).to(kind)
         carried, d_mixing, dk, dv, df = _step_back(
-            entering, k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE, HALF, TWO
+            entering, k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE, HALF
         )
         if RESET:
             carried = tl.where(fresh, 0.0, carried)
@@ -258,7 +255,7 @@ def backward_kernel(
     dy = tl.load(dy_at, mask=mask, other=0.0)
     k = _row(k_at, KEY, K, KEY == K)
     carried, d_mixing, dk, dv, df = _step_back(
-        entering.to(kind), k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE, HALF, TWO
+        entering.to(kind), k, v, f, dy, carried, d_mixing, mixing, turned, bound, CLIP, PRECISE, HALF
     )
     if RESET:
         carried = tl.where(fresh, 0.0, carried)
@@ -305,7 +302,6 @@ def _constants(keys: Tensor, values: Tensor, reset: Tensor | None) -> dict[str, 
         "num_stages": 1,
         "STAGES": 3,
         "HALF": keys.dtype != torch.float32,
-        "TWO": keys.dtype == torch.float16,
     }
 
 
@@ -339,6 +335,7 @@ def forward(
         last,
         time,
         heads,
+        TWO=keys.dtype == torch.float16,
         **_constants(keys, values, reset),
     )
     return outputs, last

@@ -317,7 +317,7 @@ def convolve_backward(
     """The gradients of the inputs, of the weight with that of a bias below it, and of the state if it is wanted."""
     inputs, grads = _halves(inputs_and_grads)
     width, channels = weight.shape
-    plan, rows = _plan(inputs, width, _BACKWARD, width - 1), width + (bias is not None)
+    plan, rows = _plan(inputs, width, _BACKWARD, width - 1), width + int(bias is not None)
     grad_inputs, grad_state = _room(inputs), _room([state][:of_state])
     partial = torch.empty(plan.grid[1] * plan.grid[2], rows, channels, dtype=torch.float32, device=weight.device)
     weight, state = _rows(weight), _rows(state)
@@ -341,7 +341,7 @@ def _(
     weight: Tensor, bias: Tensor | None, state: Tensor, reset: Tensor | None, silu: bool, of_state: bool,
     inputs_and_grads: Sequence[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    rows = weight.shape[0] + (bias is not None)
+    rows = weight.shape[0] + int(bias is not None)
     sums = torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
     return [*_room(_halves(inputs_and_grads)[0]), sums, *_room([state][:of_state])]
 
