@@ -65,7 +65,7 @@ def gather(run: Run) -> Gathered | None:
     """All parts of this budget; None where nothing is measured."""
     if missing(run.budget) is not None:
         return None
-    updates = run.choose(smoke=2, cpu=0, gpu=100)
+    updates = run.choose(smoke=2, cpu=0, gpu=64)
     batch, length = run.choose(smoke=2, cpu=0, gpu=8), run.choose(smoke=24, cpu=512, gpu=1024)
     pieces = run.choose(smoke=2, cpu=2, gpu=32)
     far = run.choose(smoke=(48, 1), cpu=(1024, 1), gpu=(4096, 8))

@@ -112,10 +112,13 @@ def assert_exact(arguments: list[Tensor | None], bound: float, decay_bound: floa
 
 
 def assert_rounded(arguments: list[Tensor | None], **options) -> None:
-    """The kernels' results are within ROUNDINGS of those in float64."""
+    """The kernels' results are within ROUNDINGS of those in float64, each as much as rounding costs on average.
+
+    Not as much as rounding these results costs: where a few entries make up the norm, that is a matter of chance.
+    """
     errors = {}
     for name, ours, theirs in compared(arguments, **options):
-        errors[name] = ((ours - theirs).norm() / (theirs.bfloat16() - theirs).norm()).item()
+        errors[name] = ((ours - theirs).norm() / (1.66e-3 * theirs.norm())).item()
     assert all(error <= ROUNDINGS for error in errors.values()), {name: f"{e:.2f}" for name, e in errors.items()}
 
 

@@ -20,7 +20,8 @@ LENGTHS = [1, 31, 33, 65] if INTERPRETED else [1, 63, 64, 65, 1000, 4096]
 SIZES = [(5, 3, torch.float32), (24, 40, torch.float32)]
 if not INTERPRETED:
     # Float32 multiplied in full compiles slowly for wide heads.
-    SIZES[1:] = [(72, 40, torch.bfloat16), (256, 256, torch.bfloat16)]
+    wide = [(72, 40), (256, 256), (16, 16), (24, 100), (64, 32)]
+    SIZES[1:] = [(*sizes, torch.bfloat16) for sizes in wide]
 NAMES = ("h", "C", "n", "m", "dq", "dk", "dv", "di", "df", "dC", "dn", "dm")
 CANCELS = ("dn", "dm")
 """Not judged in half precision: small differences of what is rounded, as h hardly depends on the units of its state."""

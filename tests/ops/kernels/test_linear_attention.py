@@ -153,6 +153,13 @@ def test_half_precision(device: torch.device, decay: str, dtype: torch.dtype) ->
         assert_rounded(found, reference(args, reset), decay)
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("sizes", [(24, 40)] if INTERPRETED else [(16, 16), (24, 100), (32, 16), (64, 32), (100, 24)])
+def test_any_channels_of_bfloat16(device: torch.device, decay: str, sizes: tuple[int, int]) -> None:
+    args = arguments(device, decay, 70 if INTERPRETED else 300, (1, 2, *sizes), torch.bfloat16)
+    assert_rounded(results(args, None, "triton"), reference(args, None), decay)
+
+
 @pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_tiles_by_the_copy_engine(
