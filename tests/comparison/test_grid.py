@@ -88,10 +88,6 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytes
     assert [result_path(cell, tmp_path).exists() for cell in CELLS] == [True, False, False]
 
 
-def test_cores_are_those_of_this_process() -> None:
-    assert 1 <= grid.available_cores() <= (multiprocessing.cpu_count() or 1)
-
-
 @pytest.mark.parametrize("wrong", [{"jobs": 0}, {"threads": 0}])
 def test_bad_numbers(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(ConfigurationError, match="at least 1"):

@@ -56,7 +56,7 @@ def compare(
 
       ostinato compare --preset linear --budget gpu --minutes 8
     """
-    from ostinato.comparison.grid import available_cores
+    from ostinato.cores import available_cores
 
     jobs = jobs if jobs is not None else 1 if device not in (None, "cpu") else available_cores()
     if preset is not None:

@@ -7,7 +7,6 @@ message, and the others go on.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import signal
@@ -22,16 +21,6 @@ from ostinato.comparison.cells import Cell, Interrupted, failed, read_result, ru
 from ostinato.errors import ConfigurationError
 
 Told = Callable[[Cell, dict[str, Any]], None]
-
-
-def available_cores() -> int:
-    """The cores that this process may use: of those it is bound to, no more than its container is given."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max": no limit
-        return cores
 
 
 def run_cells(

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ostinato.comparison.grid import available_cores
+from ostinato.cores import available_cores
 from ostinato.errors import ConfigurationError
 from ostinato.papers.catalogue import system
 from ostinato.papers.pending import Waiting
