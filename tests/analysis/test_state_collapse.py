@@ -141,6 +141,26 @@ def test_retention_is_the_product_of_the_decays() -> None:
         retention_profile(small("lstm"), tokens(5))
 
 
+def test_retention_where_values_decay_too() -> None:
+    model = small("gla(heads=2, gate_values=True), gla(heads=2, gate_values=True, decay=off), delta_net")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    with watched_scans(model) as calls, torch.no_grad():
+        model(tokens(15))
+    assert calls[0].log_value_decay is not None and calls[2].log_value_decay is None  # the delta rule's β is no decay
+    found = retention_profile(model, tokens(15))
+    for call, profile in zip(calls[:2], found, strict=False):
+        by_key: Any = call.log_decay
+        by_key = by_key if by_key.ndim == 4 else by_key.unsqueeze(-1)
+        by_value: Any = call.log_value_decay
+        # What is left of the first token's write in every entry of the memory.
+        gates = (by_key.unsqueeze(-1) + by_value.unsqueeze(-2)).double()
+        assert profile.shape == (15, 2) and bool((profile[0] == 1).all())
+        torch.testing.assert_close(profile[9], gates[:, 1:10].sum(1).exp().mean((0, -1, -2)))
+        assert float(profile[-1].max()) < 1
+
+
 def test_retrieval_error_by_hand() -> None:
     random = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 2, 9, 1, 3, generator=random, dtype=torch.float64).unbind(0)

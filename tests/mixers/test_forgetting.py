@@ -13,6 +13,7 @@ import ostinato
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer
 from ostinato.mixers.forgetting import ForgetMore, StateDifferenceWindow, StateNorm, mended
+from ostinato.models.plan import parse_plan
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.testing import check_mixer
@@ -52,15 +53,18 @@ LAWFUL: list[tuple[str, Callable[[Mixer], Mixer]]] = [
     ("linear_attention", lambda mixer: StateDifferenceWindow(mixer, 7)),
     ("mamba2", lambda mixer: ForgetMore(mixer, 0.9, 0.6, 0.5)),
     ("gated_delta_product", lambda mixer: ForgetMore(mixer, 0.9, 0.6)),
+    ("gla(gate_values=True)", lambda mixer: ForgetMore(mixer, 0.9, 0.6, 0.5)),
     ("delta_net", lambda mixer: StateNorm(mixer, 0.3)),
     ("mamba2", lambda mixer: StateNorm(mixer, 0.3)),
+    ("gla(gate_values=True)", lambda mixer: StateNorm(mixer, 0.3)),
 ]
 
 
 @pytest.mark.parametrize(("name", "remedy"), LAWFUL, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LAWFUL)])
 def test_remedies_obey_the_law(name: str, remedy: Callable[[Mixer], Mixer]) -> None:
     torch.manual_seed(0)
-    assert check_mixer(remedy(ostinato.mixer(name, 16)), length=12, compile=False).ok
+    mixer = parse_plan(name).layers[0].build(16)
+    assert check_mixer(remedy(mixer), length=12, compile=False).ok
 
 
 @pytest.mark.parametrize("name", ["mamba2", "gla", "hgrn2", "linear_attention", "retnet"])
@@ -115,11 +119,30 @@ def test_forget_more_by_hand() -> None:
     assert not torch.allclose(found, plain(sequence())[0])
 
 
+@pytest.mark.parametrize("decay", ["channel", "off"])
+def test_forget_more_where_values_decay_too(decay: str) -> None:
+    calls, layer = watched(built("gla", gate_values=True, decay=decay))
+    ForgetMore(layer, retain=0.9, insert=0.5, step=0.25)(sequence())
+    plain_calls, plain = watched(built("gla", gate_values=True, decay=decay))
+    plain(sequence())
+
+    def gate(call: Any) -> Tensor:
+        by_value, log_decay = call[3].exp(), call[4].exp()
+        return (log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)).unsqueeze(-1) * by_value.unsqueeze(-2)
+
+    # The gate as a whole, α βᵀ: retained once, and both its factors to the power of the step.
+    torch.testing.assert_close(gate(calls[0]), 0.9 * gate(plain_calls[0]) ** 0.25)
+    torch.testing.assert_close(calls[0][2], 0.125 * plain_calls[0][2])
+
+
 def test_remedies_that_do_nothing() -> None:
-    x, plain = sequence(), built("mamba2")
-    wanted, _ = plain(x)
-    for remedy in (ForgetMore(plain, 1.0, 1.0), StateNorm(plain, 1e9), StateDifferenceWindow(plain, TIME)):
-        torch.testing.assert_close(remedy(x)[0], wanted, rtol=0, atol=1e-12)
+    for x, plain in [(sequence(), built("mamba2")), (sequence(), built("gla", gate_values=True))]:
+        wanted, _ = plain(x)
+        remedies: list[Mixer] = [ForgetMore(plain, 1.0, 1.0), StateNorm(plain, 1e9)]
+        if plain.scan is linear_attention:  # type: ignore[attr-defined]
+            remedies.append(StateDifferenceWindow(plain, TIME))
+        for remedy in remedies:
+            torch.testing.assert_close(remedy(x)[0], wanted, rtol=0, atol=1e-12)
 
 
 def test_state_norm_bounds_every_head() -> None:
@@ -159,6 +182,7 @@ def test_errors() -> None:
         (lambda: ForgetMore(built("mamba2"), insert=0), "insert"),
         (lambda: StateNorm(built("mamba2"), 0), "max_norm"),
         (lambda: StateDifferenceWindow(built("delta_net"), 4), "not on linear_attention"),
+        (lambda: StateDifferenceWindow(built("gla", gate_values=True), 4), "not on linear_attention"),
         (lambda: StateDifferenceWindow(built("mamba2"), 0), "window"),
         (lambda: mended(TokenClassifier(7, 16, "lstm"), StateNorm, max_norm=1.0), "no mixer"),
     ]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import ostinato.state
 from ostinato.errors import ConfigurationError, ShapeError
 from ostinato.mixers.base import Mixer
+from ostinato.mixers.heads import value_decay
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.tasks.base import Batch
 
@@ -264,6 +265,8 @@ class Written(NamedTuple):
     keys: Tensor
     values: Tensor
     log_decay: Tensor | None
+    log_value_decay: Tensor | None
+    """None but for `outer_gated_attention`."""
 
 
 @contextmanager
@@ -274,7 +277,8 @@ def watched_scans(model: nn.Module) -> Iterator[list[Written]]:
 
     def watching(scan: Any) -> Any:
         def call(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> Any:
-            calls.append(Written(queries, keys, values, rest[-2]))
+            *own, log_decay, _ = rest
+            calls.append(Written(queries, keys, values, log_decay, value_decay(values, own)))
             return scan(queries, keys, values, *rest, **options)
 
         return call
@@ -296,8 +300,9 @@ def watched_scans(model: nn.Module) -> Iterator[list[Written]]:
 def retention_profile(model: nn.Module, tokens: Tensor) -> list[Float[Tensor, "time heads"]]:
     """α_{1:t}, layer by layer: what is left of the first token at every position, per head, averaged over rows.
 
-    α_{1:t} = ∏_{i=2…t} α_i, summed as logarithms; the mean over key channels where each has its own decay. A head whose
-    value is near 1 at the trained length has not learned to forget. A memory without decay has 1 everywhere.
+    α_{1:t} = ∏_{i=2…t} α_i, summed as logarithms; the mean over key channels where each has its own decay, and times
+    that of β_{1:t} over value channels where these decay too (the gate is α βᵀ). A head whose value is near 1 at the
+    trained length has not learned to forget. A memory without decay has 1 everywhere.
     """
     with watched_scans(model) as calls:
         training = model.training
@@ -313,11 +318,17 @@ def retention_profile(model: nn.Module, tokens: Tensor) -> list[Float[Tensor, "t
         if call.log_decay is None:
             found.append(torch.ones(tokens.shape[1], call.keys.shape[2], dtype=torch.float64))
             continue
-        log_decay = call.log_decay.double().clone()
-        log_decay[:, 0] = 0
-        left = log_decay.cumsum(1).exp().mean(0).cpu()
-        found.append(left.mean(-1) if left.ndim == 3 else left)
+        left = _left(call.log_decay)
+        found.append((left if call.log_value_decay is None else left * _left(call.log_value_decay)).mean(0).cpu())
     return found
+
+
+def _left(log_decay: Tensor) -> Float[Tensor, "batch time heads"]:
+    """∏_{i=2…t} of the decays, the mean over channels where there are any."""
+    log_decay = log_decay.double().clone()
+    log_decay[:, 0] = 0
+    left = log_decay.cumsum(1).exp()
+    return left.mean(-1) if left.ndim == 4 else left
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ostinato.errors import ConfigurationError
 from ostinato.mixers.base import Mixer
+from ostinato.mixers.heads import value_decay
 from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.linear_attention import linear_attention
 
@@ -46,12 +47,15 @@ class _Damped:
         self.scan, self.log_retain, self.insert, self.step = scan, math.log(retain), insert, step
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> Any:
-        *beta, log_decay, state = rest
+        *own, log_decay, state = rest
+        gate = value_decay(values, own)
+        if gate is not None:
+            own = [self.step * gate if part is gate else part for part in own]
         if log_decay is None:
             log_decay = queries.new_zeros(queries.shape[:3], dtype=accumulation_dtype(queries.dtype))
         log_decay = self.step * log_decay + self.log_retain
         # The engines are linear in the values: scaling them scales the write, whatever else the keys do.
-        return self.scan(queries, keys, values * (self.insert * self.step), *beta, log_decay, state, **options)
+        return self.scan(queries, keys, values * (self.insert * self.step), *own, log_decay, state, **options)
 
 
 class _Normalized:
@@ -63,7 +67,7 @@ class _Normalized:
     def __call__(
         self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, reset: Tensor | None, **options: Any
     ) -> Any:
-        *beta, log_decay, memory = rest
+        *own, log_decay, memory = rest
         writes = keys.shape[1] // queries.shape[1]
         outputs = []
         for t in range(queries.shape[1]):
@@ -72,7 +76,7 @@ class _Normalized:
                 queries[:, step],
                 keys[:, written],
                 values[:, written],
-                *(part[:, written] for part in beta),
+                *(part[:, written] for part in own),
                 None if log_decay is None else log_decay[:, step],
                 memory,
                 reset=None if reset is None else reset[:, step],
@@ -156,7 +160,8 @@ class ForgetMore(_Mended):
     """α_t ← retain · α_t^step and k_t v_tᵀ ← insert · step · k_t v_tᵀ, everywhere: still a linear scan.
 
     `step` multiplies Mamba-2's Δ, which scales decay and write together ("LongMamba"); retain and insert keep them
-    apart. The paper chose retain 0.9999 and insert 0.75 by the loss at 32 thousand tokens.
+    apart. Where value channels decay too, α_t stands for the gate α_t β_tᵀ. The paper chose retain 0.9999 and insert
+    0.75 by the loss at 32 thousand tokens.
 
     Raises `ConfigurationError` for a mixer without such a memory, or a factor out of range.
     """

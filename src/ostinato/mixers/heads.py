@@ -5,7 +5,7 @@ The memory of a head is S ∈ R^{key_dim × value_dim}; it is written at a key a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,14 @@ def last_inputs(
         own = sequence.gather(1, index)
         found = found.masked_fill((own != sequence.gather(1, index[:, -1:])).unsqueeze(-1), 0) if taps else found
     return found
+
+
+def value_decay(values: Tensor, own: Sequence[Tensor]) -> Tensor | None:
+    """log β, if it is among what an engine is given between values and log decay, a number per value channel.
+
+    What else may stand there is `delta_rule`'s β, a number per head.
+    """
+    return next((part for part in own if part.shape == values.shape), None)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -180,7 +188,8 @@ class KeyValueMixer(Mixer):
         return nn.Linear(self.d_model, self.heads * self.value_dim, bias=False)
 
     scan: Callable[..., Any] = staticmethod(linear_attention)
-    """The engine. An instance may be given another one with the same arguments."""
+    """The engine. An instance may be given another one with the same arguments: queries, keys, values, what the engine
+    has of its own (see `value_decay`), log decay, state."""
 
     def initial_state(self, batch_size: int) -> MatrixState:
         """Zeros."""

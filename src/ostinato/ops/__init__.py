@@ -15,6 +15,7 @@ from ostinato.ops.linear_step import linear_step, projections_step, swiglu_step
 from ostinato.ops.long_convolution import long_convolution
 from ostinato.ops.newton_scan import newton_scan
 from ostinato.ops.normalization import add_rms_norm, gated_rms_norm, rms_norm
+from ostinato.ops.outer_gated_attention import outer_gated_attention
 from ostinato.ops.recurrent_scan import recurrent_scan
 from ostinato.ops.routes import ENGINES, Engine, backend
 from ostinato.ops.scan import affine_scan, associative_scan
@@ -41,6 +42,7 @@ __all__ = [
     "linear_step",
     "long_convolution",
     "newton_scan",
+    "outer_gated_attention",
     "projections_step",
     "recurrent_scan",
     "rms_norm",

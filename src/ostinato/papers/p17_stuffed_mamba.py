@@ -173,7 +173,7 @@ def _difference(model: Any, tokens: torch.Tensor, window: int = 64) -> float:
     with watched_scans(model) as calls:
         model(tokens.cpu())
     worst = 0.0
-    for layer, (queries, keys, values, log_decay) in zip(model.backbone.mixers, calls, strict=True):
+    for layer, (queries, keys, values, log_decay, _) in zip(model.backbone.mixers, calls, strict=True):
         memory = layer.initial_state(len(tokens)).memory
         outputs, _ = layer.inner.scan(queries, keys, values, log_decay, memory, reset=None)
         assert log_decay is not None
