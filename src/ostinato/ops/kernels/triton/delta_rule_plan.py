@@ -103,8 +103,7 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
     micro = keys.shape[1] // tokens
     half = queries.dtype in HALF
     # In half precision never fewer than 64 keys, which the products of a state need to be Hopper's own (wgmma). With
-    # tiles of 32 an H100 had wrong gradients of keys (24 keys, 100 values), for a reason that was not found: in the
-    # interpreter they are right.
+    # tiles of 32 an H100 had wrong gradients of keys (24 keys, 100 values): see `linear_attention_launch.key_block`.
     key_block, all_values = max(64 if half else 16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
     large = not half or (channels and key_block > 128)
     chunk = OVERRIDES.get("chunk", 32 if large else 64)

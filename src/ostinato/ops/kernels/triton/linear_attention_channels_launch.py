@@ -39,8 +39,7 @@ def plan_by_key(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     if dtype == torch.float32:
         return Plan(rows, min(32, value_block(value_dim, dtype)), warps=4, stages=1)
     values = min(64 if large else 128, value_block(value_dim, dtype))
-    # Of few values eight warps read beyond their shared memory (64 keys, 32 values; as compiled by Triton 3.6), four
-    # do not.
+    # Of few values eight warps read beyond their shared memory (64 keys, 32 values), four do not: see `key_block`.
     return Plan(rows, values, warps=8 if large or values == 128 else 4, stages=1 if large else 2)
 
 

@@ -27,9 +27,8 @@ from ostinato.ops.kernels.triton.tuned import tuned
 def plan(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
     """For a walk whose state is key_dim × value_dim."""
     if dtype == torch.float32:
-        return Plan(
-            rows=16, block=min(32, value_block(value_dim, dtype)), warps=4, stages=1
-        )  # 32 rows spill: four times slower
+        # 32 rows spill: four times slower.
+        return Plan(rows=16, block=min(32, value_block(value_dim, dtype)), warps=4, stages=1)
     large = power_of_two(key_dim) > 128
     return Plan(64, min(64, value_block(value_dim, dtype)), warps=8 if large else 4, stages=1 if large else 2)
 

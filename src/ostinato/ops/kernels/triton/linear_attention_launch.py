@@ -42,8 +42,9 @@ class Plan(NamedTuple):
 def key_block(size: int, dtype: torch.dtype) -> int:
     """Channels of a tile that holds `size`, of those that a state is read and written by.
 
-    In half precision no fewer than 64: with 24 keys and 100 values, in tiles of 32 and 128, a kernel read beyond its
-    shared memory on an H200, which nothing in its code explains.
+    In half precision no fewer than 64. What Triton 3.6 and 3.7 make of several products with tiles of 32 columns may
+    read beyond its shared memory on Hopper (triton-lang/triton, issues 10486 and 11366): so did 24 keys and 100 values,
+    in tiles of 32 and 128, on an H200.
     """
     return max(64 if dtype in HALF else 16, power_of_two(size))
 
