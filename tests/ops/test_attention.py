@@ -134,7 +134,7 @@ def test_first_and_second_derivatives(route: str, window: int | None, opening: s
 
 
 def test_derivatives_through_recomputed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, blocks = import_module("ostinato.ops.attention"), []
+    module, blocks = import_module("ostinato.ops.attention_blocks"), []
     monkeypatch.setattr(module, "_block_size", lambda window: 2)
     monkeypatch.setattr(module, "checkpoint", lambda *a, **k: (blocks.append(1), checkpoint(*a, **k))[1])
     inputs = draw(5, batch=1, grad=True)
@@ -235,7 +235,7 @@ def test_reset_forgets_the_cache_and_the_earlier_sequence() -> None:
 def test_the_blocks_of_a_window_are_one_batch_or_several(
     window: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["ostinato.ops.attention"], "_BLOCKS_AT_ONCE", at_once)
+    monkeypatch.setattr(sys.modules["ostinato.ops.attention_blocks"], "_BLOCKS_AT_ONCE", at_once)
     inputs, cache = draw(410), draw_cache(window - 1)
     reset = torch.rand(2, 410) < 0.01
     with ostinato.backend(attention="parallel"):
