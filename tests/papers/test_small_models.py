@@ -12,7 +12,7 @@ from ostinato.models.token_classifier import TokenClassifier
 from ostinato.papers.catalogue import system
 from ostinato.papers.forms import relative_error, with_gradients
 from ostinato.papers.runner import Run
-from ostinato.papers.small_models import gaps, listed, scores, signed, train_seeds
+from ostinato.papers.small_models import gaps, listed, scores, signed, train_arms, train_seeds
 from ostinato.tasks.recall import MultiQueryRecall
 from ostinato.tasks.text import Text
 
@@ -31,6 +31,17 @@ def test_a_part_has_every_seed_and_every_score(tmp_path: Path) -> None:
     assert scores(part, "loss") == [member["loss"] for member in part["members"]]
     again = train_seeds("gla(heads=2)", 1, 8, task, [0, 1], 4, 20, 1e-3, run, channel_mixer=None)
     assert again == part
+
+
+def test_every_arm_is_a_part_of_its_own(tmp_path: Path) -> None:
+    run = Run(system(41), "smoke", 0, tmp_path)
+    task = MultiQueryRecall(vocabulary=16, length=16, pairs=2, test_size=8)
+    plans = {"per channel": "gla(heads=2)", "none": "gla(heads=2, decay=off)"}
+    arms = train_arms(run, "recall", plans, 1, 8, task, [0], 4, 1, 1e-3, channel_mixer=None)
+    assert list(arms) == list(plans) and list(run.seconds) == ["recall per channel", "recall none"]
+    for arm, plan in plans.items():
+        assert arms[arm] == train_seeds(plan, 1, 8, task, [0], 4, 1, 1e-3, run, channel_mixer=None)
+    assert arms["none"] != arms["per channel"]
 
 
 def test_text_is_also_read_along_positions(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.outer_gated_attention import outer_gated_attention
 from ostinato.papers.forms import relative_error, with_gradients
 from ostinato.papers.runner import Claim, Measured, Run
-from ostinato.papers.small_models import Rows, gaps, listed, scores, signed, train_seeds
+from ostinato.papers.small_models import Rows, gaps, listed, scores, signed, train_arms
 from ostinato.report import Series
 from ostinato.tasks.recall import MultiQueryRecall
 from ostinato.tasks.text import Text
@@ -172,10 +172,7 @@ def _text(run: Run, seeds: list[int]) -> Rows:
     run.sizes["text"] = {"width": width, "layers": 4, "window": window, "batch": batch, "steps": steps, "plans": _ARMS}
     bins = [0, window // 2, *(window * 2**power for power in range(5))]
     longer = [] if run.budget == "cpu" else bins
-    parts = {
-        name: run.part(f"text {name}", train_seeds, plan, 4, width, task, seeds, batch, steps, 1e-3, run, bins=longer)
-        for name, plan in _ARMS.items()
-    }
+    parts = train_arms(run, "text", _ARMS, 4, width, task, seeds, batch, steps, 1e-3, bins=longer)
     return partial(_text_rows, run, task, parts, steps, bins)
 
 
@@ -260,11 +257,7 @@ def _recall(run: Run, seeds: list[int]) -> Rows:
     plans = {name: f"gla(heads=2, expand_k=1, conv=4, {gate})" for name, gate in _RECALL.items()}
     run.sizes["recall"] = {"task": str(task), "width": width, "layers": 2, "batch": batch, "steps": steps}
     run.sizes["recall"] |= {"plans": plans, "learning rate": 3e-3}
-    arguments = (2, width, task, seeds, batch, steps, 3e-3, run)
-    parts = {
-        name: run.part(f"recall {name}", train_seeds, plan, *arguments, channel_mixer=None)
-        for name, plan in plans.items()
-    }
+    parts = train_arms(run, "recall", plans, 2, width, task, seeds, batch, steps, 3e-3, channel_mixer=None)
     return partial(_recall_rows, run, task, parts)
 
 

@@ -20,7 +20,7 @@ from ostinato.ops.delta_rule import delta_rule
 from ostinato.papers import parallel_delta_net_synthetics as synthetics
 from ostinato.papers.forms import relative_error, with_gradients
 from ostinato.papers.runner import Claim, Measured, Run
-from ostinato.papers.small_models import Rows, gaps, listed, scores, signed, train_seeds
+from ostinato.papers.small_models import Rows, gaps, listed, scores, signed, train_arms
 from ostinato.report import Series
 from ostinato.tasks.recall import MultiQueryRecall
 from ostinato.tasks.text import Text
@@ -191,11 +191,7 @@ def _recall(run: Run, seeds: list[int]) -> Rows:
     plans = {name: plan.format(quarter=max(1, width // 4)) for name, plan in _RECALL.items()}
     run.sizes["recall"] = {"task": str(task), "width": width, "layers": 2, "plans": plans}
     run.sizes["recall"] |= {"batch": batch, "steps": steps, "learning rate": 3e-3}
-    arguments = (2, width, task, seeds, batch, steps, 3e-3, run)
-    parts = {
-        name: run.part(f"recall {name}", train_seeds, plan, *arguments, channel_mixer=None)
-        for name, plan in plans.items()
-    }
+    parts = train_arms(run, "recall", plans, 2, width, task, seeds, batch, steps, 3e-3, channel_mixer=None)
     return partial(_recall_rows, run, task, parts)
 
 
@@ -230,10 +226,7 @@ def _text(run: Run, seeds: list[int]) -> Rows:
     width, window, batch, steps = run.choose(smoke=(16, 16, 2, 1), cpu=None, gpu=(128, 256, 16, 500))
     task = Text(window=window, carry=False, max_bytes=run.choose(smoke=2000, cpu=None, gpu=None))
     run.sizes["text"] = {"width": width, "layers": 4, "window": window, "batch": batch, "steps": steps, "plans": _TEXT}
-    parts = {
-        name: run.part(f"text {name}", train_seeds, plan, 4, width, task, seeds, batch, steps, 1e-3, run)
-        for name, plan in _TEXT.items()
-    }
+    parts = train_arms(run, "text", _TEXT, 4, width, task, seeds, batch, steps, 1e-3)
     return partial(_text_rows, run, task, parts)
 
 
@@ -283,10 +276,7 @@ def _lengths(run: Run, seeds: list[int]) -> Rows:
     bins = [0, window // 2, *(window * 2**power for power in range(times.bit_length()))]
     run.sizes["lengths"] = {"width": width, "layers": depth, "window": window, "batch": batch, "steps": steps}
     run.sizes["lengths"] |= {"plans": plans, "tested": bins}
-    arguments = (depth, width, task, seeds, batch, steps, 1e-3, run)
-    parts = {
-        name: run.part(f"lengths {name}", train_seeds, plan, *arguments, bins=bins) for name, plan in plans.items()
-    }
+    parts = train_arms(run, "lengths", plans, depth, width, task, seeds, batch, steps, 1e-3, bins=bins)
     return partial(_lengths_rows, run, bins, parts)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ostinato.models.sequence_autoencoder import SequenceAutoencoder
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.papers.runner import Claim, Measured, Run
-from ostinato.papers.small_models import Rows, listed, scores, train_seeds
+from ostinato.papers.small_models import Rows, listed, scores, train_arms
 from ostinato.tasks.base import GeneratedTask
 from ostinato.tasks.compression import Compression
 from ostinato.tasks.copying import SelectiveCopying
@@ -56,23 +56,19 @@ def mad(run: Run, seeds: list[int]) -> Rows:
     run.sizes["mad"] = {"width": width, "layers": 2, "batch": batch, "steps": steps, "learning rate": 1e-3}
     run.sizes["mad"] |= {"plans": _MAD_ARMS, "tasks": {name: str(task) for name, task in tasks.items()}}
     parts = {
-        name: {
-            arm: run.part(
-                f"mad {name} {arm}",
-                train_seeds,
-                plan,
-                2,
-                width,
-                task,
-                seeds,
-                batch,
-                steps,
-                1e-3,
-                run,
-                model=SequenceAutoencoder if name == "compression" else TokenClassifier,
-            )
-            for arm, plan in _MAD_ARMS.items()
-        }
+        name: train_arms(
+            run,
+            f"mad {name}",
+            _MAD_ARMS,
+            2,
+            width,
+            task,
+            seeds,
+            batch,
+            steps,
+            1e-3,
+            model=SequenceAutoencoder if name == "compression" else TokenClassifier,
+        )
         for name, task in tasks.items()
     }
     return partial(_mad_rows, run, parts)
@@ -129,10 +125,7 @@ def regbench(run: Run, seeds: list[int]) -> Rows:
     plans = {name: plan.format(quarter=width // 4) for name, plan in _REGBENCH.items()}
     run.sizes["regbench"] = {"task": str(task), "width": width, "layers": 2, "batch": batch, "steps": steps}
     run.sizes["regbench"] |= {"plans": plans, "learning rate": 3e-3}
-    parts = {
-        name: run.part(f"regbench {name}", train_seeds, plan, 2, width, task, seeds, batch, steps, 3e-3, run)
-        for name, plan in plans.items()
-    }
+    parts = train_arms(run, "regbench", plans, 2, width, task, seeds, batch, steps, 3e-3)
     return partial(_regbench_rows, run, task, parts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -79,6 +79,27 @@ def train_seeds(
         "members": members,
         "losses": [[one for group in values for one in group] for values in zip(*losses, strict=True)],
     }
+
+
+def train_arms(
+    run: Run,
+    label: str,
+    plans: Mapping[str, str],
+    depth: int,
+    width: int,
+    task: Task,
+    seeds: Sequence[int],
+    batch: int,
+    steps: int,
+    rate: float,
+    **options: Any,
+) -> dict[str, Any]:
+    """`train_seeds` of every plan, each a part of the run, "label arm"; by the names of the arms.
+
+    All arguments are those of `train_seeds`, `options` its own by keyword.
+    """
+    arguments = (depth, width, task, seeds, batch, steps, rate, run)
+    return {arm: run.part(f"{label} {arm}", train_seeds, plan, *arguments, **options) for arm, plan in plans.items()}
 
 
 def scores(part: dict[str, Any], name: str) -> list[Any]:
