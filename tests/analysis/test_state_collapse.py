@@ -24,6 +24,7 @@ from ostinato.analysis.state_collapse import (
     watched_scans,
 )
 from ostinato.errors import ConfigurationError, ShapeError
+from ostinato.mixers.forgetting import ForgetMore, mended
 from ostinato.mixers.registry import mixers
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.tasks.registry import task
@@ -139,6 +140,17 @@ def test_retention_is_the_product_of_the_decays() -> None:
     assert not any("scan" in vars(layer) for layer in model.modules())
     with pytest.raises(ConfigurationError, match="no mixer"):
         retention_profile(small("lstm"), tokens(5))
+
+
+def test_retention_of_a_mixer_made_to_forget() -> None:
+    """The decays as they act, behind the damping; and it is let go again."""
+    model = small("mamba2(heads=2, state_dim=4)")
+    longer = mended(model, ForgetMore, retain=0.5)
+    before, expected = longer(tokens(15))[0], retention_profile(model, tokens(15))[0]
+    halves = 0.5 ** torch.arange(15, dtype=torch.float64).unsqueeze(1)
+    for _ in range(2):
+        torch.testing.assert_close(retention_profile(longer, tokens(15))[0], expected * halves)
+    assert torch.equal(longer(tokens(15))[0], before)
 
 
 def test_retention_where_values_decay_too() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import ostinato.state
 from ostinato.errors import ConfigurationError, ShapeError
 from ostinato.mixers.base import Mixer
+from ostinato.mixers.forgetting import Damped
 from ostinato.mixers.heads import value_decay
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.tasks.base import Batch
@@ -273,7 +274,7 @@ class Written(NamedTuple):
 def watched_scans(model: nn.Module) -> Iterator[list[Written]]:
     """A list of what every mixer with a matrix memory hands to its engine, while the block runs."""
     calls: list[Written] = []
-    layers = [module for module in model.modules() if isinstance(module, Mixer) and hasattr(module, "scan")]
+    layers = [_holder(module) for module in model.modules() if isinstance(module, Mixer) and hasattr(module, "scan")]
 
     def watching(scan: Any) -> Any:
         def call(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> Any:
@@ -294,6 +295,13 @@ def watched_scans(model: nn.Module) -> Iterator[list[Written]]:
                 del layer.scan
             if before is not None:
                 layer.scan = before
+
+
+def _holder(layer: Any) -> Any:
+    """What has the engine that decays and writes reach as they act: the mixer, or the damping before its engine."""
+    while isinstance(layer.scan, Damped):
+        layer = layer.scan
+    return layer
 
 
 @torch.no_grad()

@@ -40,13 +40,14 @@ class WindowedMemory(NamedTuple):
     log_decay: Float[Tensor, "batch window heads"] | Float[Tensor, "batch window heads key_dim"]
 
 
-class _Damped:
+class Damped:
     """An engine whose decays and writes are scaled."""
 
     def __init__(self, scan: Scan, retain: float, insert: float, step: float) -> None:
         self.scan, self.log_retain, self.insert, self.step = scan, math.log(retain), insert, step
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> Any:
+        """What the engine gives for other decays and writes."""
         *own, log_decay, state = rest
         gate = value_decay(values, own)
         if gate is not None:
@@ -172,7 +173,7 @@ class ForgetMore(_Mended):
             raise ConfigurationError(f"retain multiplies decays, so it is in (0, 1], got {retain}")
         if insert <= 0 or step <= 0:
             raise ConfigurationError(f"insert and step are positive, got {insert} and {step}")
-        self.inner.scan = _Damped(self.inner.scan, retain, insert, step)  # type: ignore[assignment, arg-type]
+        self.inner.scan = Damped(self.inner.scan, retain, insert, step)  # type: ignore[assignment, arg-type]
 
 
 class StateNorm(_Mended):
