@@ -16,11 +16,12 @@ from ostinato.models.plan import Layer, Plan
 from ostinato.models.token_classifier import TokenClassifier
 from ostinato.papers.runner import Claim, Measured, Run
 from ostinato.report import Series
+from ostinato.tasks.base import Task
 from ostinato.tasks.masked_text import MaskedText
 from ostinato.tasks.shifted_digits import ShiftedDigits
 from ostinato.tasks.text import Text
 from ostinato.timing import time_together
-from ostinato.training.ensemble import fit_together
+from ostinato.training.ensemble import Ensemble, fit_together
 from ostinato.training.evaluate import evaluate
 from ostinato.training.recorded import Recorded
 
@@ -294,25 +295,24 @@ def _latency_row(times: dict[str, dict[str, float]]) -> Measured:
 def _text(plan: str, steps: int, seeds: list[int], run: Run) -> list[float]:
     """Nats per byte of held-out text, for every seed."""
     task = Text(window=128, carry=False)
-    ensemble = fit_together(
-        lambda seed: TokenClassifier(256, 96, plan, 2),
-        task,
-        seeds,
-        steps=steps,
-        batch_size=32,
-        learning_rate=2e-3,
-        weight_decay=0.1,
-        warmup=min(50, steps),
-        say=run.say,
-    )
+    ensemble = _trained(task, lambda _: TokenClassifier(256, 96, plan, 2), steps, seeds, run)
     return [evaluate(model, task, batches=None if steps > 10 else 1)["loss"] for model in ensemble]
 
 
 def _masked(plan: str, steps: int, seeds: list[int], run: Run) -> list[float]:
     """Nats per masked byte of held-out text, for every seed."""
     task = MaskedText(test_size=run.choose(smoke=4, cpu=256, gpu=256))
-    ensemble = fit_together(
-        lambda seed: TokenClassifier(task.vocab_size, 96, plan, 2, num_classes=task.num_classes),
+
+    def make(_: int) -> TokenClassifier:
+        return TokenClassifier(task.vocab_size, 96, plan, 2, num_classes=task.num_classes)
+
+    return [evaluate(model, task)["loss"] for model in _trained(task, make, steps, seeds, run)]
+
+
+def _trained(task: Task, make: Callable[[int], TokenClassifier], steps: int, seeds: list[int], run: Run) -> Ensemble:
+    """A model of every seed, trained on a text."""
+    return fit_together(
+        make,
         task,
         seeds,
         steps=steps,
@@ -322,7 +322,6 @@ def _masked(plan: str, steps: int, seeds: list[int], run: Run) -> list[float]:
         warmup=min(50, steps),
         say=run.say,
     )
-    return [evaluate(model, task)["loss"] for model in ensemble]
 
 
 def _masked_row(found: dict[str, list[float]]) -> Measured:
