@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ostinato.ops.kernels.triton import delta_rule_channels as of_channels
+from ostinato.ops.kernels.triton import delta_rule_channels_gradients as of_channels_gradients
 from ostinato.ops.kernels.triton import delta_rule_chunks as of_heads
 from ostinato.ops.kernels.triton import delta_rule_walk as walks
 from ostinato.ops.kernels.triton.delta_rule_parts import KEPT, ROWS
@@ -369,7 +370,7 @@ def gradients(
             EXACT=queries.dtype == torch.float32,
         )
     else:
-        of_channels.gradients[(p.chunks, p.pairs)](
+        of_channels_gradients.gradients[(p.chunks, p.pairs)](
             queries,
             keys,
             write_keys,
