@@ -252,17 +252,26 @@ def test_head_dimensions(device: torch.device, dims: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
-def test_segments(device: torch.device, decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments(device: torch.device, decay: str) -> None:
     """One head alone is walked in segments, whose entering states are found by the maps of the earlier ones."""
     from ostinato.ops.kernels.triton import delta_rule_plan
 
-    monkeypatch.setattr(delta_rule_plan, "SEGMENTED", True)
     time = 300 if INTERPRETED else 65_536
     arguments = problem(device, time, decay, sizes=(1, 1, 16, 16))
     q, k, v = arguments[:3]
     assert delta_rule_plan.plan(q, k, v, channels=decay == "vector").segments > 1
     reset = torch.rand(1, time, device=device) < 2e-3
     assert_exact(arguments, FLOAT32, normalize=True, reset=reset)
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+def test_segments_in_bfloat16(device: torch.device, decay: str) -> None:
+    from ostinato.ops.kernels.triton import delta_rule_plan
+
+    arguments = problem(device, 600 if INTERPRETED else 8192, decay, sizes=(1, 1, 64, 64), dtype=torch.bfloat16)
+    q, k, v = arguments[:3]
+    assert delta_rule_plan.plan(q, k, v, channels=decay == "vector").segments > 1
+    assert_rounded(arguments, normalize=True)
 
 
 def with_own_keys(arguments: list[Tensor | None], read: bool = True, erase: bool = True) -> list[Tensor | None]:
