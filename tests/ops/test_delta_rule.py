@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from ostinato.errors import ConfigurationError, DtypeError, NonFiniteError, ShapeError
 from ostinato.ops.delta_rule import delta_rule
 from ostinato.ops.routes import backend
+from ostinato.testing.gradients import assert_same, with_gradients
 
 DECAYS = ("none", "scalar", "vector")
 ROUTES = ("reference", "parallel")
@@ -48,21 +49,6 @@ def arguments(time: int, decay: str, n: int = 1, *, untied=False, sizes=(2, 2, 4
 
 def ours(q, k, v, beta, g, state, r=None, e=None, **options) -> tuple[Tensor, Tensor]:
     return delta_rule(q, k, v, beta, g, state, read_keys=r, erase_keys=e, **options)
-
-
-def with_gradients(function, args: list) -> list[Tensor]:
-    """Outputs, the last state, and the gradients of a fixed random combination of both."""
-    args = [None if a is None else a.detach().requires_grad_() for a in args]
-    results = function(*args)
-    weights = torch.Generator().manual_seed(0)
-    loss = sum((x * torch.randn(x.shape, generator=weights).to(x.dtype)).sum() for x in results)
-    return [*results, *torch.autograd.grad(loss, [a for a in args if a is not None])]
-
-
-def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
-    for f, w in zip(found, wanted, strict=True):
-        assert f.shape == w.shape
-        assert (f.double() - w.double()).abs().max() <= tolerance * (1 + w.abs().max())
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from ostinato.errors import ConfigurationError, DtypeError, NonFiniteError, ShapeError
 from ostinato.ops.linear_attention import linear_attention
 from ostinato.ops.routes import backend
+from ostinato.testing.gradients import assert_same, with_gradients
 
 DECAYS = ("none", "scalar", "vector")
 ROUTES = ("reference", "parallel")
@@ -38,21 +39,6 @@ def arguments(time: int, decay: str, *, strength: float = 0.3, sizes=(2, 2, 4, 3
     g = None if shape is None else -torch.rand(shape, dtype=dtype) * strength
     state = torch.randn(batch, heads, key_dim, value_dim, dtype=dtype)
     return [q, k, v, g, state]
-
-
-def with_gradients(function, args: list) -> list[Tensor]:
-    """Outputs, the last state, and the gradients of a fixed random combination of both."""
-    args = [None if a is None else a.detach().requires_grad_() for a in args]
-    results = function(*args)
-    weights = torch.Generator().manual_seed(0)
-    loss = sum((r * torch.randn(r.shape, generator=weights).to(r.dtype)).sum() for r in results)
-    return [*results, *torch.autograd.grad(loss, [a for a in args if a is not None])]
-
-
-def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
-    for f, w in zip(found, wanted, strict=True):
-        assert f.shape == w.shape
-        assert (f.double() - w.double()).abs().max() <= tolerance * (1 + w.abs().max())
 
 
 @pytest.mark.parametrize("route", ROUTES)
