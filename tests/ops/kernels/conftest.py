@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +27,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run here."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[..., str]:
+    """Runs a script in a process of its own, kernels compiled anew, and returns what it printed.
+
+    It can import `offline`, to compile for a card that is not there.
+    """
+
+    def run(script: str, *arguments: str) -> str:
+        cache, path = str(tmp_path / "cache"), os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": path}
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
 
 
 if _INSTALLED and INTERPRETED:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,58 +15,24 @@ pytest.importorskip("triton")
 from ostinato.ops.kernels.triton import ahead
 
 OFFLINE = """
-import sys, torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-events = []
-
-class Utils:
-    def load_binary(self, name, *_):
-        events.append(("loaded", name))
-        return 1, 0, 64, 0, 1024
-    def get_device_properties(self, _):
-        return {"max_shared_mem": 232448}
-
-class Driver:
-    utils = Utils()
-    def launcher_cls(self, source, metadata):
-        return lambda *_: events.append(("launched", metadata.name))
-    get_current_device = get_current_stream = lambda self, *_: 0
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_active_torch_device = lambda self: torch.device("cpu")
-
-driver.set_active(Driver())
-from ostinato.ops.kernels.triton import launch
-launch.INTERPRETED = True  # tensors of the processor are let in
-launch.card = lambda _: launch.Card(132, 232448, (9, 0))
+import sys, torch, offline
+offline.start()
 from ostinato.ops.kernels.triton import ahead, diagonal_scan
 ahead.ENABLED = sys.argv[1] == "ahead"
 a, b = torch.rand(2, 40, 8).requires_grad_(), torch.rand(2, 40, 8).requires_grad_()
 for _ in range(2):
     diagonal_scan.run(a, b, None)[0].sum().backward()
-kinds = [kind for kind, _ in events]
-print("".join(kind[1] for kind in kinds))
+print("".join(kind[1] for kind, _ in offline.events))
 """
 
 
-def offline(mode: str, cache: str) -> str:
-    """Whether kernels were loaded (o) or launched (a), in order; compiled for a card that is not there."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, mode], env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_all_kernels_are_loaded_before_the_first_launch(tmp_path: object) -> None:
-    together = offline("ahead", str(tmp_path))
+def test_all_kernels_are_loaded_before_the_first_launch(alone: Callable[..., str]) -> None:
+    """Whether kernels were loaded (o) or launched (a), in order."""
+    together = alone(OFFLINE, "ahead")
     loaded = together.count("o")
     assert loaded >= 2
     assert together == "o" * loaded + "a" * together.count("a")
-    one_by_one = offline("as ever", str(tmp_path))
+    one_by_one = alone(OFFLINE, "as ever")
     assert one_by_one.count("o") == loaded and one_by_one.count("a") == together.count("a")
     assert one_by_one.startswith("oa")
 
@@ -87,13 +51,9 @@ torch.cuda.synchronize()
 @pytest.mark.parametrize(
     "call", ["ops.exponential_attention(q, k, v, gate, -gate.exp())", "ops.linear_attention(q, k, v)"]
 )
-def test_the_first_backward_pass_of_a_process(call: str, tmp_path: object) -> None:
+def test_the_first_backward_pass_of_a_process(call: str, alone: Callable[..., str]) -> None:
     """Its thread has launched nothing yet, and its kernels were loaded by others."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST.format(call=call)], env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
+    alone(FIRST.format(call=call))
 
 
 def leaf(*shape: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ostinato.ops.checks import HALF
-from ostinato.ops.kernels.triton.launch import card, power_of_two
+from ostinato.ops.kernels.triton.launch import card, narrowest, power_of_two
 
 
 def cdiv(a: int, b: int) -> int:
@@ -98,13 +98,14 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
     value_dim = values.shape[-1]
     micro = keys.shape[1] // tokens
     half = queries.dtype in HALF
-    # In half precision never fewer than 64 keys, which the products of a state need to be Hopper's own (wgmma). With
-    # tiles of 32 an H100 had wrong gradients of keys (24 keys, 100 values): see `linear_attention_launch.key_block`.
-    key_block, all_values = max(64 if half else 16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
+    narrow = narrowest(queries.dtype, queries.device)
+    # In half precision never fewer than 64 keys, which the products of a state need to be Hopper's own (wgmma).
+    key_block, all_values = max(64 if half else 16, power_of_two(key_dim)), max(narrow, power_of_two(value_dim))
     large = not half or (channels and key_block > 128)
     chunk = OVERRIDES.get("chunk", 32 if large else 64)
     per_chunk = chunk // micro
-    widest = min(64, 8192 // key_block, all_values) if half else min(32, all_values)
+    widest = min(64, max(narrow, 8192 // key_block), all_values) if half else min(32, all_values)
+    wide = key_block * widest > 8192
     chunks = cdiv(tokens, per_chunk)
     found_card = card(queries.device)
     # A stage of a walk holds tiles of queries, keys (two forms of them, if decays are per channel) and values, Y and P.
@@ -125,12 +126,12 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
         query_block=max(16, power_of_two(per_chunk)),
         key_block=key_block,
         value_block=widest,
-        walk_warps=4,
+        walk_warps=8 if wide else 4,
         walk_stages=stages,
         # With fewer stages two programs of it share a processor.
         again_stages=stages if channels else min(2, stages),
         # With four, an H100's registers do not hold the state and what is made of it.
-        back_warps=8 if half and key_block == 128 and not channels else 4,
+        back_warps=8 if wide or (half and key_block == 128 and not channels) else 4,
         back_stages=stages,
         gradient_warps=8,
         gradient_stages=1,

@@ -101,8 +101,8 @@ def call(queries: Tensor, values: Tensor) -> Call:
 def block(call: Call, size: int, most: int) -> int:
     """Channels of a tile: a power of two to `most`.
 
-    In half precision no fewer than 64: with 64 keys and tiles of 32 values an H200 had wrong results, by 88 %, which
-    the same kernels do not have in the interpreter; presumably for the reason of `linear_attention_launch.key_block`.
+    In half precision no fewer than 64, one width for all (see `launch.narrowest`): tiles of 32 values beside 64 keys
+    gave an H200 results that were wrong by 88 %.
     """
     return min(max(16 if call.exact else 64, power_of_two(size)), most)
 

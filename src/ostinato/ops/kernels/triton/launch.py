@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ostinato.errors import BackendError
+from ostinato.ops.checks import HALF
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = find_spec("triton") is not None
@@ -61,6 +62,34 @@ def card(device: torch.device) -> Card:
     if device.type != "cuda":
         return Card(4, 99 * 1024, (8, 0))
     return _card(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def sound_assembler() -> bool:
+    """Whether the `ptxas` that Triton assembles with for this card is release 12.9 or later.
+
+    12.8, which Triton 3.5 to 3.7 bring for Hopper, is at fault where one place in shared memory is described to the
+    matrix units in two ways, as tiles 64 bytes wide and as wider ones: it adds to what is no longer the place in the
+    register. `ptxas-blackwell`, which Triton brings from 3.6 on, is sound: `TRITON_PTXAS_PATH` can name it.
+    """
+    try:
+        from triton import knobs
+
+        release = knobs.nvidia.ptxas.version
+    except (ImportError, AttributeError, RuntimeError):
+        return False
+    return tuple(map(int, release.split("."))) >= (12, 9)
+
+
+def narrowest(dtype: torch.dtype, device: torch.device) -> int:
+    """Columns of the narrowest tiles: where the assembler cannot be trusted with two widths, all that one line holds.
+
+    A tile's line in shared memory is 128 bytes at most: tiles of 64 columns of half precision, and wider ones, are
+    described to Hopper's matrix units in one way.
+    """
+    if dtype not in HALF:
+        return 16
+    return 64 if card(device).capability[0] == 9 and not sound_assembler() else 32
 
 
 _thread = threading.local()

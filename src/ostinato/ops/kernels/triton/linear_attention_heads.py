@@ -24,13 +24,14 @@ from ostinato.ops.kernels.triton.linear_attention_launch import (
 from ostinato.ops.kernels.triton.tuned import tuned
 
 
-def plan(dtype: torch.dtype, key_dim: int, value_dim: int) -> Plan:
-    """For a walk whose state is key_dim × value_dim."""
-    if dtype == torch.float32:
+def plan(values: Tensor, key_dim: int) -> Plan:
+    """For a walk whose state has so many key channels."""
+    block = value_block(values)
+    if values.dtype == torch.float32:
         # 32 rows spill: four times slower.
-        return Plan(rows=16, block=min(32, value_block(value_dim, dtype)), warps=4, stages=1)
+        return Plan(rows=16, block=min(32, block), warps=4, stages=1)
     large = power_of_two(key_dim) > 128
-    return Plan(64, min(64, value_block(value_dim, dtype)), warps=8 if large else 4, stages=1 if large else 2)
+    return Plan(64, min(64, block), warps=8 if large else 4, stages=1 if large else 2)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class HeadWalks(Walks):
             )
             return products
 
-        sizes = plan(values.dtype, key_dim, value_dim)
+        sizes = plan(values, key_dim)
         sizes = tuned("linear_attention", sizes, values.dtype, key_dim, value_dim, reverse)
         key = ("linear_attention", sizes, values.dtype, self.rows, key_dim, reverse, beside is None)
         products = fitting(key, launch, sizes.smaller())
@@ -164,7 +165,7 @@ class HeadWalks(Walks):
 
 def prepared(queries: Tensor, values: Tensor, log_decay: Tensor | None, reset: Tensor | None) -> HeadWalks:
     """The walks over one problem."""
-    sizes = plan(values.dtype, queries.shape[-1], values.shape[-1])
+    sizes = plan(values, queries.shape[-1])
     sums, parts = chunk_sums(log_decay, reset, sizes.rows, values.dtype)
     chunks = chunks_of_segment(queries, values.shape[-1], sizes)
     return HeadWalks(log_decay, reset, parts, chunks, sizes.rows, sums)

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostinato.ops.checks import HALF
 from ostinato.ops.kernels.triton import chunk_parts
-from ostinato.ops.kernels.triton.launch import INTERPRETED, attend, card, dot_precision, power_of_two
+from ostinato.ops.kernels.triton.launch import INTERPRETED, attend, card, dot_precision, narrowest, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_walk import enter
 
 SHORTEST_SEGMENT = 8
@@ -42,16 +42,14 @@ class Plan(NamedTuple):
 def key_block(size: int, dtype: torch.dtype) -> int:
     """Channels of a tile that holds `size`, of those that a state is read and written by.
 
-    In half precision no fewer than 64. What Triton 3.6 and 3.7 make of several products with tiles of 32 columns may
-    read beyond its shared memory on Hopper (triton-lang/triton, issues 10486 and 11366): so did 24 keys and 100 values,
-    in tiles of 32 and 128, on an H200.
+    In half precision no fewer than 64, which a state's product needs to be Hopper's own (wgmma).
     """
     return max(64 if dtype in HALF else 16, power_of_two(size))
 
 
-def value_block(size: int, dtype: torch.dtype) -> int:
-    """Channels of a tile that holds `size`, of those that it keeps."""
-    return max(32 if dtype in HALF else 16, power_of_two(size))
+def value_block(values: Tensor) -> int:
+    """Channels of a tile that holds those of `values`."""
+    return max(narrowest(values.dtype, values.device), power_of_two(values.shape[-1]))
 
 
 def describable(tensor: Tensor) -> bool:
