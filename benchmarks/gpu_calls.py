@@ -224,6 +224,21 @@ def diagonal() -> Call:
     return call
 
 
+def convolution() -> Call:
+    batch, length, channels, width = 8, 4096, 2048, 4
+    x, taps = leaf(batch, length, channels), leaf(width, channels)
+
+    def fla() -> Side:
+        from fla.modules.causal_conv1d import causal_conv1d
+
+        return Side(causal_conv1d, (x, taps.detach().T.contiguous().requires_grad_()))
+
+    peers = {"flash-linear-attention": fla}
+    call = Call("short_convolution", "B8 T4096 C2048, 4 taps, bf16", Side(ops.short_convolution, (x, taps)), peers)
+    call.forward_bytes, call.training_bytes = 2 * size(x), 5 * size(x)
+    return call
+
+
 def headwise(name: str) -> Call:
     batch, length, heads, dim = 16, 1024, 12, 64
     cell = {"lstm": cells.LSTM, "slstm": cells.SLSTM, "gru": cells.GRU, "elman": cells.Elman}[name]()
@@ -312,6 +327,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "mlstm": mlstm_exponential,
     "mlstm_sigmoid": mlstm_sigmoid,
     "diagonal": diagonal,
+    "short_convolution": convolution,
     "slstm": lambda: headwise("slstm"),
     "lstm": lambda: headwise("lstm"),
     "gru": lambda: headwise("gru"),

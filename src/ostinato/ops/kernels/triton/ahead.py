@@ -50,7 +50,7 @@ def rehearse(name: str, arguments: tuple[Any, ...], call: Callable[[], Any]) -> 
     except ImportError:  # an older Triton
         return
     _watch()
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(16, os.cpu_count() or 1)  # no call has more kernels than that
     with ThreadPoolExecutor(workers) as pool, AsyncCompileMode(_Loading(pool), ignore_errors=True):
         token = _rehearsing.set(True)
         try:
