@@ -105,15 +105,29 @@ def operand(of, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def first_term(of, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """`of` as a factor of a product, or the first of TWO terms, of which `remainder` is the second.
+
+    In bfloat16 that is cut, not rounded: the upper half of a float32 as it is. Rounding what is also widened again, for
+    the remainder, would convert number by number (F2F), not in pairs. The terms hold sixteen digits, not seventeen.
+    """
+    if TWO and WIDE == tl.bfloat16:
+        bits = of.to(tl.float32).to(tl.uint32, bitcast=True)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return operand(of, WIDE, PRECISION)
+
+
+@triton.jit
 def remainder(of, rounded):
-    """What `of` lost when it was rounded, rounded itself: the two terms have twice the digits of one."""
+    """What `of` lost when it was rounded, or cut, rounded itself: the two terms have twice the digits of one."""
     return (of.to(tl.float32) - rounded.to(tl.float32)).to(rounded.dtype)
 
 
 @triton.jit
 def terms(of, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
     """`of` as a factor of a product, and where there are to be TWO terms what that lost."""
-    high = operand(of, WIDE, PRECISION)
+    high = first_term(of, WIDE, PRECISION, TWO)
     if TWO:
         low = remainder(of, high)
     else:
@@ -134,7 +148,7 @@ def plus(acc, left, right, PRECISION: tl.constexpr, TWO: tl.constexpr):
 def add_by_left(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
     """acc + left @ right, where `left` enters in one term or in TWO, one after the other: they share their place."""
     right = right.to(WIDE)
-    high = operand(left, WIDE, PRECISION)
+    high = first_term(left, WIDE, PRECISION, TWO)
     acc = tl.dot(high, right, acc=acc, input_precision=PRECISION)
     if TWO:
         acc = tl.dot(remainder(left, high), right, acc=acc, input_precision=PRECISION)
@@ -145,7 +159,7 @@ def add_by_left(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, T
 def add_by_right(acc, left, right, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
     """acc + left @ right, where `right` enters in one term or in TWO, one after the other."""
     left = left.to(WIDE)
-    high = operand(right, WIDE, PRECISION)
+    high = first_term(right, WIDE, PRECISION, TWO)
     acc = tl.dot(left, high, acc=acc, input_precision=PRECISION)
     if TWO:
         acc = tl.dot(left, remainder(right, high), acc=acc, input_precision=PRECISION)

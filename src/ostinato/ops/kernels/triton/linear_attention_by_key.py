@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, operand, plus, remainder, terms
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, first_term, operand, plus, remainder, terms
 from ostinato.ops.kernels.triton.linear_attention_channels import crossings, decays, halving, square, sums
 from ostinato.ops.kernels.triton.linear_attention_parts import (
     chunk_start,
@@ -146,7 +146,7 @@ def by_key(
                 entering = operand(state, WIDE, PRECISION)
                 y = plus(tl.dot(read, entering, input_precision=PRECISION), rest, entering, PRECISION, TWO)
             decayed = z * tl.exp2(-total)
-            wrote = operand(decayed, WIDE, PRECISION)
+            wrote = first_term(decayed, WIDE, PRECISION, TWO)
             if OUTPUTS:
                 scores = tl.dot(read, tl.trans(wrote), input_precision=PRECISION)
                 scores = plus(scores, rest, tl.trans(wrote), PRECISION, TWO)

@@ -32,7 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, store_tile
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, store_tile, terms
 
 TO_BASE_2 = tl.constexpr(1.4426950408889634)
 
@@ -42,8 +42,7 @@ def sums(which, of, FINE: tl.constexpr):
     """which @ of, where `which` holds zeros and ones: float32 with its own digits, or (not FINE) sixteen of them."""
     if FINE:
         return tl.dot(which.to(tl.float32), of, input_precision="ieee")
-    high = of.to(tl.bfloat16)
-    low = (of - high.to(tl.float32)).to(tl.bfloat16)
+    high, low = terms(of, tl.bfloat16, "ieee", True)
     chosen = which.to(tl.float32).to(tl.bfloat16)
     return tl.dot(chosen, high, acc=tl.dot(chosen, low))
 

@@ -30,6 +30,11 @@ if INTERPRETED:
         """1/x."""
         return 1 / x
 
+    @triton.jit
+    def to_half(x):
+        """float16, no larger than its largest number."""
+        return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+
 else:
     # The card's own instructions, without the care for denormal numbers that Triton's functions take: a third of
     # the instructions of a step, and all of them on its critical path. Errors of 2 units in the last place.
@@ -46,6 +51,13 @@ else:
         """1/x; 0 where that is denormal."""
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def to_half(x):
+        """float16, no larger than its largest number: two by one instruction."""
+        return tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2
         )
 
 

@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ostinato.ops.cells import M2RNN, Inputs, Memory, Weights
-from ostinato.ops.kernels.triton.chunk_parts import remainder
+from ostinato.ops.kernels.triton.chunk_parts import first_term, remainder
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
 from ostinato.ops.kernels.triton.launch import card, power_of_two, without_second_derivative
-from ostinato.ops.kernels.triton.recurrent_scan_cells import tanh
+from ostinato.ops.kernels.triton.recurrent_scan_cells import tanh, to_half
 
 # Numbers in the matrix of a head, and its columns, that stay on chip: in half precision, and in float32, where the
 # products are made of many more instructions.
@@ -46,7 +46,7 @@ def _row(pointer, size, COUNT: tl.constexpr, ALL: tl.constexpr):
 def _product(memory, mixing, HALF: tl.constexpr, TWO: tl.constexpr):
     """The memory times W. In half precision both are float16, which has three digits more than bfloat16."""
     if HALF:
-        high = tl.minimum(tl.maximum(memory, -65504.0), 65504.0).to(tl.float16)
+        high = to_half(memory)
         product = tl.dot(high, mixing, input_precision="ieee")
         if TWO:
             product = tl.dot(remainder(memory, high), mixing, product, input_precision="ieee")
@@ -149,7 +149,7 @@ def _step_back(
     df = tl.sum(delta * (entering.to(tl.float32) - candidate))
     dk = tl.sum(by_candidate * v[None, :], axis=1)
     dv = tl.sum(by_candidate * k[:, None], axis=0)
-    change = by_candidate.to(kind)
+    change = first_term(by_candidate, kind, "ieee", HALF)
     d_mixing = tl.dot(tl.trans(entering), change, d_mixing, input_precision="ieee")
     carried = tl.dot(change, turned, f * delta, input_precision="ieee")
     if HALF:
