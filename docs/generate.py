@@ -90,21 +90,18 @@ def benchmarks() -> str:
 
 
 def speed_summary() -> str:
-    """The README's table of kernels: forward with backward, queued, how much longer peers take, and what came since."""
+    """The README's table of kernels: forward with backward, queued, and how much longer peers take."""
     path = catalogue.results_folder() / "benchmarks" / "gpu.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = []
-    since = {(row["call"], row["shape"]): row["queued, ms"][1] for row in content.get("since then, ours alone", ())}
     for row in content["speed"]:
-        now = since.get((row["call"], row["shape"]))
         ours = row["sides"]["ours"]["queued, ms"][1]
         others = [
             f"{name} {side['times ours, queued'][1]:.2f}×" for name, side in row["sides"].items() if name != "ours"
         ]
         share = f"{100 * row['fraction of the floor'][1]:.0f} %"
-        later = "" if now is None else f"{now:.2f}"
-        rows.append([f"`{row['call']}`", row["shape"], f"{ours:.2f}", share, ", ".join(others), later])
-    headers = ["call", "shape", "ms", "floor / time", "time of others / ours", "now, ms"]
+        rows.append([f"`{row['call']}`", row["shape"], f"{ours:.2f}", share, ", ".join(others)])
+    headers = ["call", "shape", "ms", "floor / time", "time of others / ours"]
     machine = content["machine"]
     where = f"{machine['gpu']}, torch {machine['torch']}, {content['date']}; forward with backward, queued behind other"
     how = f"work, so without what the host takes to launch. {content['conditions']}"
