@@ -15,7 +15,7 @@ offline.start()
 from ostinato import backend, ops
 from ostinato.ops.kernels.triton import ahead, launch
 ahead.ENABLED = False
-launch.sound_assembler = lambda: sys.argv[4] == "sound"
+launch.LINE = int(sys.argv[4])
 
 def leaf(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, dtype=dtype).requires_grad_()
@@ -61,9 +61,9 @@ CASES = [
 
 @pytest.mark.parametrize(("engine", "keys", "values"), CASES)
 def test_no_place_is_described_in_two_ways(engine: str, keys: int, values: int, alone: Callable[..., str]) -> None:
-    assert alone(SCRIPT, engine, str(keys), str(values), "unsound") == "True"
+    assert alone(SCRIPT, engine, str(keys), str(values), "64") == "True"
 
 
-def test_narrow_tiles_for_a_sound_assembler(alone: Callable[..., str]) -> None:
-    """What the test above looks for is there when tiles may be narrow."""
-    assert "by_value" in alone(SCRIPT, "linear_channels", "24", "100", "sound")
+def test_tiles_of_two_widths(alone: Callable[..., str]) -> None:
+    """What the test above looks for is there where tiles are narrower than a line."""
+    assert "walk" in alone(SCRIPT, "linear", "24", "100", "32")

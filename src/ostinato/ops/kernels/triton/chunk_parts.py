@@ -136,6 +136,30 @@ def terms(of, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
 
 
 @triton.jit
+def right_factor(of, WIDE: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """`of` as the right factor of `times`: in TWO terms these lie beside each other, (rows, 2 · columns).
+
+    So tiles of 32 columns fill a line of shared memory, as Hopper's assembler wants (`launch.narrowest`), and the same
+    instructions multiply both terms.
+    """
+    if TWO:
+        high = first_term(of, WIDE, PRECISION, TWO)
+        both = tl.permute(tl.join(high, remainder(of, high)), (0, 2, 1))
+        return tl.reshape(both, (of.shape[0], 2 * of.shape[1]))
+    else:
+        return operand(of, WIDE, PRECISION)
+
+
+@triton.jit
+def times(left, right, PRECISION: tl.constexpr, TWO: tl.constexpr):
+    """left @ the factor of which `right_factor` made `right`."""
+    product = tl.dot(left, right, input_precision=PRECISION)
+    if TWO:
+        product = tl.sum(tl.reshape(product, (left.shape[0], 2, right.shape[1] // 2)), axis=1)
+    return product
+
+
+@triton.jit
 def plus(acc, left, right, PRECISION: tl.constexpr, TWO: tl.constexpr):
     """acc + left @ right where there are TWO terms, of which one is a factor here; else acc."""
     if TWO:

@@ -98,13 +98,12 @@ def plan(queries: Tensor, keys: Tensor, values: Tensor, *, channels: bool) -> Pl
     value_dim = values.shape[-1]
     micro = keys.shape[1] // tokens
     half = queries.dtype in HALF
-    narrow = narrowest(queries.dtype, queries.device)
-    # In half precision never fewer than 64 keys, which the products of a state need to be Hopper's own (wgmma).
-    key_block, all_values = max(64 if half else 16, power_of_two(key_dim)), max(narrow, power_of_two(value_dim))
+    narrow = narrowest(queries.dtype)
+    key_block, all_values = max(narrow, power_of_two(key_dim)), max(narrow, power_of_two(value_dim))
     large = not half or (channels and key_block > 128)
     chunk = OVERRIDES.get("chunk", 32 if large else 64)
     per_chunk = chunk // micro
-    widest = min(64, max(narrow, 8192 // key_block), all_values) if half else min(32, all_values)
+    widest = 64 if half else min(32, all_values)
     wide = key_block * widest > 8192
     chunks = cdiv(tokens, per_chunk)
     found_card = card(queries.device)

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostinato.ops.kernels.triton.exponential_attention_gates import gates_kernel
 from ostinato.ops.kernels.triton.exponential_attention_memory import combine_kernel, states_kernel
-from ostinato.ops.kernels.triton.launch import attend, card, dot_precision, fitting, power_of_two
+from ostinato.ops.kernels.triton.launch import LINE, attend, card, dot_precision, fitting, power_of_two
 
 WIDEST = 256
 """Channels of a head that the kernels take."""
@@ -101,10 +101,10 @@ def call(queries: Tensor, values: Tensor) -> Call:
 def block(call: Call, size: int, most: int) -> int:
     """Channels of a tile: a power of two to `most`.
 
-    In half precision no fewer than 64, one width for all (see `launch.narrowest`): tiles of 32 values beside 64 keys
-    gave an H200 results that were wrong by 88 %.
+    In half precision they fill lines (see `launch.narrowest`): tiles of 32 values beside 64 keys gave an H200 results
+    that were wrong by 88 %.
     """
-    return min(max(16 if call.exact else 64, power_of_two(size)), most)
+    return min(max(16 if call.exact else LINE, power_of_two(size)), most)
 
 
 def outputs_walk(call: Call) -> Walk:

@@ -64,32 +64,19 @@ def card(device: torch.device) -> Card:
     return _card(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@cache
-def sound_assembler() -> bool:
-    """Whether the `ptxas` that Triton assembles with for this card is release 12.9 or later.
+LINE = 64
+"""Numbers of half precision in a line of 128 bytes, as tiles lie in shared memory for Hopper's matrix units."""
 
-    12.8, which Triton 3.5 to 3.7 bring for Hopper, is at fault where one place in shared memory is described to the
-    matrix units in two ways, as tiles 64 bytes wide and as wider ones: it adds to what is no longer the place in the
-    register. `ptxas-blackwell`, which Triton brings from 3.6 on, is sound: `TRITON_PTXAS_PATH` can name it.
+
+def narrowest(dtype: torch.dtype) -> int:
+    """Columns of the narrowest tiles: in half precision those that fill a line.
+
+    `ptxas` 12.8, with which Triton 3.5 to 3.7 assemble for Hopper, is at fault where one place in shared memory is
+    described to the matrix units in two ways, as a tile 64 bytes wide and as a wider one: the place is computed from a
+    register that holds something else by then, and the product reads beyond the shared memory, or something else in it.
+    Tiles that fill lines are described in one way, however wide they are.
     """
-    try:
-        from triton import knobs
-
-        release = knobs.nvidia.ptxas.version
-    except (ImportError, AttributeError, RuntimeError):
-        return False
-    return tuple(map(int, release.split("."))) >= (12, 9)
-
-
-def narrowest(dtype: torch.dtype, device: torch.device) -> int:
-    """Columns of the narrowest tiles: where the assembler cannot be trusted with two widths, all that one line holds.
-
-    A tile's line in shared memory is 128 bytes at most: tiles of 64 columns of half precision, and wider ones, are
-    described to Hopper's matrix units in one way.
-    """
-    if dtype not in HALF:
-        return 16
-    return 64 if card(device).capability[0] == 9 and not sound_assembler() else 32
+    return LINE if dtype in HALF else 16
 
 
 _thread = threading.local()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, add_by_right, load_steps, load_tile, operand, plus, terms
+from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, operand, right_factor, times
 from ostinato.ops.kernels.triton.linear_attention_channels import crossings, decays, halving, square, sums
 from ostinato.ops.kernels.triton.linear_attention_parts import (
     chunk_start,
@@ -42,8 +42,7 @@ def _outputs_by_halves(
         reads = late == 0 if REVERSE else late
         decay = tl.exp2(sums(between, g, FINE))
         chosen = operand(tl.where(square(step, size, reads), scores, 0.0), WIDE, PRECISION)
-        wrote, rest = terms(u * decay, WIDE, PRECISION, TWO)
-        y += decay * plus(tl.dot(chosen, wrote, input_precision=PRECISION), chosen, rest, PRECISION, TWO)
+        y += decay * times(chosen, right_factor(u * decay, WIDE, PRECISION, TWO), PRECISION, TWO)
     return y
 
 
@@ -166,34 +165,27 @@ def by_value(
             if REVERSE:
                 total = -total
             state = state * tl.exp2(half)[None, :]
-            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO)
+            y = times(x.to(WIDE), right_factor(state, WIDE, PRECISION, TWO), PRECISION, TWO)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
-            wrote, rest = terms(u * tl.exp2(-total), WIDE, PRECISION, TWO)
-            scores = operand(scores, WIDE, PRECISION)
-            y = tl.dot(scores, wrote, acc=y, input_precision=PRECISION)
-            y = plus(y, scores, rest, PRECISION, TWO) * tl.exp2(total)
+            wrote = right_factor(u * tl.exp2(-total), WIDE, PRECISION, TWO)
+            y += times(operand(scores, WIDE, PRECISION), wrote, PRECISION, TWO)
+            y = y * tl.exp2(total)
             if RESET or not REVERSE:
                 wrote = tl.where(leaves[:, None], wrote, tl.zeros_like(wrote))
-                rest = tl.where(leaves[:, None], rest, tl.zeros_like(rest))
-            state = state * kept_of_state
             writer = operand(tl.trans(z), WIDE, PRECISION)
-            state = tl.dot(writer, wrote, acc=state, input_precision=PRECISION)
-            state = plus(state, writer, rest, PRECISION, TWO) * tl.exp2(half)[None, :]
+            state = (state * kept_of_state + times(writer, wrote, PRECISION, TWO)) * tl.exp2(half)[None, :]
         else:
             g, before, after = decays(
                 log_decay, reset, start, row, time, first, VALUE_DIM, ROWS, BV, RESET, REVERSE, FINE
             )
-            y = add_by_right(tl.zeros([ROWS, BV], tl.float32), x, state, WIDE, PRECISION, TWO) * tl.exp2(before)
+            y = times(x.to(WIDE), right_factor(state, WIDE, PRECISION, TWO), PRECISION, TWO) * tl.exp2(before)
             if RESET or (REVERSE and INITIAL):
                 y = tl.where(enters[:, None], y, 0.0)
             y = _outputs_by_halves(u, g, scores, y, levels, ROWS, REVERSE, FINE, PRECISION, WIDE, TWO)
             written_now = tl.where(leaves[:, None], u, tl.zeros_like(u)) * tl.exp2(after)
-            wrote, rest = terms(written_now, WIDE, PRECISION, TWO)
-            state = state * (tl.exp2(of_chunk) * kept_of_state)[None, :]
-            writer = operand(tl.trans(z), WIDE, PRECISION)
-            state = tl.dot(writer, wrote, acc=state, input_precision=PRECISION)
-            state = plus(state, writer, rest, PRECISION, TWO)
+            wrote, writer = right_factor(written_now, WIDE, PRECISION, TWO), operand(tl.trans(z), WIDE, PRECISION)
+            state = state * (tl.exp2(of_chunk) * kept_of_state)[None, :] + times(writer, wrote, PRECISION, TWO)
 
         w = tile(beside, start, beside_time, time, first, batch, head, VALUE_DIM, ROWS, BV, COPIED)
         product = y * w

@@ -32,7 +32,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.ops.kernels.triton.chunk_parts import FORGETS, load_steps, load_tile, store_tile, terms
+from ostinato.ops.kernels.triton.chunk_parts import (
+    FORGETS,
+    load_steps,
+    load_tile,
+    right_factor,
+    store_tile,
+    terms,
+    times,
+)
 
 TO_BASE_2 = tl.constexpr(1.4426950408889634)
 
@@ -42,8 +50,10 @@ def sums(which, of, FINE: tl.constexpr):
     """which @ of, where `which` holds zeros and ones: float32 with its own digits, or (not FINE) sixteen of them."""
     if FINE:
         return tl.dot(which.to(tl.float32), of, input_precision="ieee")
-    high, low = terms(of, tl.bfloat16, "ieee", True)
     chosen = which.to(tl.float32).to(tl.bfloat16)
+    if of.shape[1] < 64:
+        return times(chosen, right_factor(of, tl.bfloat16, "ieee", True), "ieee", True)
+    high, low = terms(of, tl.bfloat16, "ieee", True)
     return tl.dot(chosen, high, acc=tl.dot(chosen, low))
 
 

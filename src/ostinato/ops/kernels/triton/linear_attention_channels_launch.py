@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ostinato.ops.kernels.triton import linear_attention_channels as kernels
-from ostinato.ops.kernels.triton.launch import fitting, narrowest, power_of_two
+from ostinato.ops.kernels.triton.launch import fitting, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_by_key import by_key as key_kernel
 from ostinato.ops.kernels.triton.linear_attention_by_value import by_value as value_kernel
 from ostinato.ops.kernels.triton.linear_attention_launch import Plan, Walks, chunk_sums, chunks_of_segment, value_block
@@ -43,14 +43,14 @@ def plan_by_key(values: Tensor, key_dim: int) -> Plan:
 
 
 def plan_by_value(values: Tensor, key_dim: int) -> Plan:
-    """Blocks of values share little work, and small ones run side by side on a processor."""
-    large = power_of_two(key_dim) > 128
-    rows, block = plan_rows(values.dtype, key_dim, values.shape[-1]), value_block(values)
+    """Blocks of values share little work, and small ones run side by side on a processor.
+
+    They fill lines (see `narrowest`) with two terms beside each other, or as float32.
+    """
+    rows = plan_rows(values.dtype, key_dim, values.shape[-1])
     if values.dtype == torch.float32:
-        return Plan(rows, min(32, block), warps=4, stages=1)
-    # Blocks of 32 would take an H100 a fifth less: see `narrowest`.
-    block = max(32, narrowest(values.dtype, values.device))
-    return Plan(rows, block, warps=8 if block == 64 else 4, stages=1 if large else 2)
+        return Plan(rows, min(32, value_block(values)), warps=4, stages=1)
+    return Plan(rows, 32, warps=4, stages=1 if power_of_two(key_dim) > 128 else 2)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ostinato.ops.checks import HALF
 from ostinato.ops.kernels.triton import chunk_parts
 from ostinato.ops.kernels.triton.launch import INTERPRETED, attend, card, dot_precision, narrowest, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_walk import enter
@@ -40,16 +39,13 @@ class Plan(NamedTuple):
 
 
 def key_block(size: int, dtype: torch.dtype) -> int:
-    """Channels of a tile that holds `size`, of those that a state is read and written by.
-
-    In half precision no fewer than 64, which a state's product needs to be Hopper's own (wgmma).
-    """
-    return max(64 if dtype in HALF else 16, power_of_two(size))
+    """Channels of a tile that holds `size`, of those that a state is read and written by."""
+    return max(narrowest(dtype), power_of_two(size))
 
 
 def value_block(values: Tensor) -> int:
     """Channels of a tile that holds those of `values`."""
-    return max(narrowest(values.dtype, values.device), power_of_two(values.shape[-1]))
+    return max(narrowest(values.dtype), power_of_two(values.shape[-1]))
 
 
 def describable(tensor: Tensor) -> bool:
