@@ -12,8 +12,8 @@ from ostinato.ops.kernels.triton import delta_rule_channels_gradients as of_chan
 from ostinato.ops.kernels.triton import delta_rule_chunks as of_heads
 from ostinato.ops.kernels.triton import delta_rule_walk as walks
 from ostinato.ops.kernels.triton.delta_rule_parts import KEPT, ROWS
-from ostinato.ops.kernels.triton.delta_rule_plan import Plan, cdiv
-from ostinato.ops.kernels.triton.launch import dot_precision, power_of_two
+from ostinato.ops.kernels.triton.delta_rule_plan import Plan
+from ostinato.ops.kernels.triton.launch import cdiv, dot_precision, power_of_two
 
 
 class Inputs(NamedTuple):

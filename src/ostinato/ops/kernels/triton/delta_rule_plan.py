@@ -7,12 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ostinato.ops.checks import HALF
-from ostinato.ops.kernels.triton.launch import card, narrowest, power_of_two
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return (a + b - 1) // b
+from ostinato.ops.kernels.triton.launch import card, cdiv, narrowest, power_of_two
 
 
 class Plan(NamedTuple):

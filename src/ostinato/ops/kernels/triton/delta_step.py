@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ostinato.ops.kernels.triton.launch import power_of_two
+from ostinato.ops.kernels.triton.launch import cdiv, power_of_two
 from ostinato.ops.kernels.triton.matrix_step import unit
 from ostinato.ops.kernels.triton.step_parts import begin, dependent, refusal
 
@@ -117,7 +117,7 @@ def run(
     queries, keys, values, rates = _rows(queries), _rows(keys), _rows(values), _rows(rates)
     steps = None if steps is None else _rows(steps)
     columns = min(COLUMNS, power_of_two(value_dim))
-    _delta[(batch * heads, triton.cdiv(value_dim, columns))](
+    _delta[(batch * heads, cdiv(value_dim, columns))](
         queries, keys, values, rates, steps, log_rate, step_bias, memory, outputs, queries.stride(0), keys.stride(0),
         values.stride(0), rates.stride(0), 0 if steps is None else steps.stride(0), largest_rate, scale,
         HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, WRITES=writes, DECAY=steps is not None, UNIT=unit,

@@ -15,12 +15,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ostinato.ops.kernels.triton import diagonal_scan_kernels as kernels
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
-from ostinato.ops.kernels.triton.launch import INTERPRETED, card, power_of_two, without_second_derivative
+from ostinato.ops.kernels.triton.launch import INTERPRETED, card, cdiv, power_of_two, without_second_derivative
 from ostinato.ops.kernels.triton.tuned import tuned
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
@@ -188,7 +187,7 @@ def _launch_forward(
     last = b.new_empty((batch, shape.segments, channels) if totals else (batch, channels), dtype=kept)
     out = torch.empty_like(last) if totals else _empty(batch, time, channels, _along_time(b), b, b.dtype)
     strides = (0, 0, 0) if totals else out.stride()
-    kernels.forward[(batch * shape.segments * triton.cdiv(channels, shape.block_c),)](
+    kernels.forward[(batch * shape.segments * cdiv(channels, shape.block_c),)](
         _pairs(a.base),
         _pairs(b),
         _pairs(last if entering is None else entering),
@@ -270,7 +269,7 @@ def _launch_backward(
                 grad_a = states.new_empty(batch, shape.segments, channels, dtype=kept)
             else:
                 grad_a = _empty(batch, time, channels, along_time, states, grad_a_type)
-    kernels.backward[(batch * shape.segments * triton.cdiv(channels, shape.block_c),)](
+    kernels.backward[(batch * shape.segments * cdiv(channels, shape.block_c),)](
         _pairs(a.base),
         _pairs(grad),
         _pairs(states),

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ostinato.ops.kernels.triton import linear_attention_channels as kernels
-from ostinato.ops.kernels.triton.launch import fitting, power_of_two
+from ostinato.ops.kernels.triton.launch import cdiv, fitting, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_by_key import by_key as key_kernel
 from ostinato.ops.kernels.triton.linear_attention_by_value import by_value as value_kernel
 from ostinato.ops.kernels.triton.linear_attention_launch import Plan, Walks, chunk_sums, chunks_of_segment, value_block
@@ -159,7 +158,7 @@ def channel_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cumulative sums in each chunk, about the middle; those of the whole chunk; and which are strong."""
     batch, time, heads, width = log_decay.shape
-    chunks = triton.cdiv(time, rows)
+    chunks = cdiv(time, rows)
     centred = torch.empty_like(log_decay, dtype=torch.float32)
     totals = centred.new_empty(batch, heads, chunks, width)
     strong = centred.new_full((batch, heads), int(dtype == torch.float32), dtype=torch.int32)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ostinato.ops.kernels.triton import linear_attention_walk as kernels
-from ostinato.ops.kernels.triton.launch import fitting, power_of_two
+from ostinato.ops.kernels.triton.launch import cdiv, fitting, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_launch import (
     Plan,
     Walks,
@@ -109,7 +108,7 @@ class HeadWalks(Walks):
         def launch(sizes: Plan) -> Tensor | None:
             products, last_reader = None, None
             if beside is not None:
-                blocks = triton.cdiv(value_dim, sizes.block)
+                blocks = cdiv(value_dim, sizes.block)
                 products = values.new_empty(blocks, batch, heads, time, dtype=torch.float32)
                 if reverse and initial is not None:
                     last_reader = readers[:, -1].contiguous()

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostinato.ops.kernels.triton import chunk_parts
-from ostinato.ops.kernels.triton.launch import INTERPRETED, attend, card, dot_precision, narrowest, power_of_two
+from ostinato.ops.kernels.triton.launch import INTERPRETED, attend, card, cdiv, dot_precision, narrowest, power_of_two
 from ostinato.ops.kernels.triton.linear_attention_walk import enter
 
 SHORTEST_SEGMENT = 8
@@ -118,7 +117,7 @@ class Walks(ABC):
 
     def segments(self, time: int) -> int:
         """How many there are."""
-        return triton.cdiv(time, self.chunks * self.rows)
+        return cdiv(time, self.chunks * self.rows)
 
     def entering(
         self, written: Tensor, values: Tensor, initial: Tensor | None, last: Tensor, *, reverse: bool = False
@@ -133,7 +132,7 @@ class Walks(ABC):
         kept = last.new_empty(batch * heads, count, key_dim if per_channel else 1)
         self.outputs(written, written, values, last=added, kept=kept, reverse=reverse)
         entering, width = torch.empty_like(added), min(1024, power_of_two(key_dim * value_dim))
-        enter[(batch * heads, triton.cdiv(key_dim * value_dim, width))](
+        enter[(batch * heads, cdiv(key_dim * value_dim, width))](
             added,
             kept,
             initial,
@@ -151,7 +150,7 @@ class Walks(ABC):
     def grid(self, values: Tensor, sizes: Plan) -> tuple[int, int]:
         """Blocks of value channels of all heads, and segments."""
         batch, time, heads, value_dim = values.shape
-        return triton.cdiv(value_dim, sizes.block) * batch * heads, self.segments(time)
+        return cdiv(value_dim, sizes.block) * batch * heads, self.segments(time)
 
     def arguments(
         self,
@@ -185,7 +184,7 @@ class Walks(ABC):
             narrow = described(narrow, self.rows, sizes.block)
         sizes_and_strides = (
             time,
-            triton.cdiv(time, self.rows) * self.rows,
+            cdiv(time, self.rows) * self.rows,
             heads,
             self.chunks,
             *readers.stride()[:3],
@@ -213,13 +212,13 @@ def chunks_of_segment(queries: Tensor, value_dim: int, sizes: Plan) -> int:
     """Chunks to a segment: all of them where heads nearly fill the card with eight warps a processor, else as few as
     do."""
     batch, time, heads, _ = queries.shape
-    programs = batch * heads * triton.cdiv(value_dim, sizes.block)
-    chunks = triton.cdiv(time, sizes.rows)
+    programs = batch * heads * cdiv(value_dim, sizes.block)
+    chunks = cdiv(time, sizes.rows)
     room = card(queries.device).processors * 8
     if 4 * programs * sizes.warps > 3 * room:
         return chunks
-    wanted = triton.cdiv(room, programs * sizes.warps)
-    return min(chunks, max(SHORTEST_SEGMENT, triton.cdiv(chunks, wanted)))
+    wanted = cdiv(room, programs * sizes.warps)
+    return min(chunks, max(SHORTEST_SEGMENT, cdiv(chunks, wanted)))
 
 
 def chunk_sums(
@@ -233,13 +232,13 @@ def chunk_sums(
     if some is None:
         return None, None
     batch, time = some.shape[:2]
-    chunks = triton.cdiv(time, rows)
+    chunks = cdiv(time, rows)
     heads = 1 if log_decay is None else log_decay.shape[2]
     width = min(16, power_of_two(heads))
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     sums = None if log_decay is None else some.new_empty(batch, heads, chunks * rows, dtype=wide)
     parts = None if reset is None else some.new_empty(batch, chunks * rows, dtype=torch.int32)
-    chunk_parts.chunk_sums[(chunks, batch, triton.cdiv(heads, width))](
+    chunk_parts.chunk_sums[(chunks, batch, cdiv(heads, width))](
         log_decay,
         reset,
         sums,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ostinato.ops.kernels.triton.launch import power_of_two
+from ostinato.ops.kernels.triton.launch import cdiv, power_of_two
 from ostinato.ops.kernels.triton.step_parts import (
     begin,
     dependent,
@@ -104,7 +104,7 @@ def run(
     y = torch.empty(batch, outputs, dtype=dtype, device=x.device)
     x, gate, residual = rows_of(x), rows_of(gate), rows_of(residual)
     rows, warps = tile(outputs, inputs, weights[0].element_size(), len(weights))
-    _linear[(triton.cdiv(outputs, rows),)](
+    _linear[(cdiv(outputs, rows),)](
         x, gate, None if norm is None else norm.contiguous(), weights[0], weights[-1], residual, y, entered,
         *(0 if tensor is None else tensor.stride(0) for tensor in (x, gate, residual, entered)), eps,
         OUTPUTS=outputs, GROUPS=inputs // dim, DIM=dim, NORM=norm is not None, GATE=gate is not None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.exponential_attention import ExponentialState
-from ostinato.ops.kernels.triton.launch import power_of_two, tensors_in
+from ostinato.ops.kernels.triton.launch import cdiv, power_of_two, tensors_in
 
 _COLUMNS = 32
 
@@ -103,7 +103,7 @@ def matrix_step(
     outputs = queries.new_empty(batch, 1, heads, value_dim)
     after = queries.new_empty(batch, heads, key_dim, value_dim, dtype=torch.float32)
     columns = min(_COLUMNS, power_of_two(value_dim))
-    _step[(batch * heads, triton.cdiv(value_dim, columns))](
+    _step[(batch * heads, cdiv(value_dim, columns))](
         *given, outputs, after, heads, key_dim, value_dim,
         DECAY=0 if log_decay is None else log_decay.ndim - 2, WRITES=writes, CORRECTS=corrects,
         BETA=beta is not None, OTHER_READ=read_keys is not None, OTHER_ERASE=erase_keys is not None,
@@ -195,7 +195,7 @@ def exponential_step(
     given = [argument if argument is None else argument.contiguous() for argument in arguments]
     made = _exponential_parts(queries, values)
     columns = min(_COLUMNS, power_of_two(value_dim))
-    _exponential_step[(batch * heads, triton.cdiv(value_dim, columns))](
+    _exponential_step[(batch * heads, cdiv(value_dim, columns))](
         *given, *made, heads, key_dim, value_dim, eps,
         STATE=memory is not None, RESET=reset is not None, K=power_of_two(key_dim), V=columns, num_warps=4,
     )  # fmt: skip

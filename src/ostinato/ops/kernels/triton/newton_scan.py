@@ -21,14 +21,13 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ostinato.ops.cells import ChannelCellHidden, ChannelHidden, ParaGRU, ParaLSTM
 from ostinato.ops.kernels.triton import newton_scan_adjoint as adjoint
 from ostinato.ops.kernels.triton import newton_scan_walk as kernels
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
-from ostinato.ops.kernels.triton.launch import INTERPRETED, card, without_second_derivative
+from ostinato.ops.kernels.triton.launch import INTERPRETED, card, cdiv, without_second_derivative
 from ostinato.ops.newton_scan import diverged
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +127,7 @@ def forward(
     p = a if peephole is None else peephole.contiguous()
     batch, time, _, channels = x.shape
     lstm = cell is not None
-    blocks = triton.cdiv(channels, _BLOCK_C)
+    blocks = cdiv(channels, _BLOCK_C)
     segments, length = _pieces(inputs)
     joined = segments > 1
 
@@ -243,7 +242,7 @@ def _(
     def empty(*shape: int) -> Tensor:
         return inputs.new_empty(shape, dtype=torch.float32)
 
-    done = (batch, triton.cdiv(channels, _BLOCK_C)) if joined else (0,)
+    done = (batch, cdiv(channels, _BLOCK_C)) if joined else (0,)
     return (
         inputs.new_empty(batch, time, channels),
         empty(batch, time, channels) if lstm and keep else empty(0),
@@ -291,7 +290,7 @@ def backward(
     sums = empty(batch, segments, parts, channels)
     grad_h = empty(batch, channels)
     grad_c = empty(batch, channels) if lstm else empty(0)
-    blocks = triton.cdiv(channels, _BLOCK_C)
+    blocks = cdiv(channels, _BLOCK_C)
 
     def launch(mu_h: Tensor, mu_c: Tensor, ends: Tensor, products: Tensor, totals: bool) -> None:
         adjoint.walk_back[(batch * segments * blocks,)](

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
-from ostinato.ops.kernels.triton.launch import card, power_of_two, without_second_derivative
+from ostinato.ops.kernels.triton.launch import card, cdiv, power_of_two, without_second_derivative
 
 _ELEMENTS, _WIDEST = 2048, 16384
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,7 +127,7 @@ def normalize(
     outputs, total = _forward_outputs(x, branch, dtype)
     dim = x.shape[-1]
     rows, (block, columns, warps) = x.numel() // dim, _tile(dim)
-    _forward[(triton.cdiv(rows, block),)](
+    _forward[(cdiv(rows, block),)](
         x.contiguous(), None if branch is None else branch.contiguous(), None if gate is None else gate.contiguous(),
         weight.contiguous(), outputs, total, rows, dim, eps, BRANCH=branch is not None, GATE=gate is not None,
         SILU=silu, FIRST=gate_first, ROWS=block, DIM=columns, num_warps=warps,
@@ -177,7 +177,7 @@ def normalize_backward(
     outputs = _backward_outputs(total, x_dtype, branch_dtype, gate)
     dim = total.shape[-1]
     rows, (block, columns, warps) = total.numel() // dim, _tile(dim)
-    programs = min(triton.cdiv(rows, block), 4 * card(total.device).processors)
+    programs = min(cdiv(rows, block), 4 * card(total.device).processors)
     partial = torch.empty(programs, dim, dtype=torch.float32, device=total.device)
     _backward[(programs,)](
         grad.contiguous(), grad_total.contiguous(), total.contiguous(), None if gate is None else gate.contiguous(),

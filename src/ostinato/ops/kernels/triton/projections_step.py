@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ostinato.ops.kernels.triton.launch import power_of_two
+from ostinato.ops.kernels.triton.launch import cdiv, power_of_two
 from ostinato.ops.kernels.triton.step_parts import (
     begin,
     dependent,
@@ -117,7 +117,7 @@ def run(
     widths = [len(weight) for weight in weights]
     columns = (0, *accumulate(widths))
     rows, warps = tile(columns[-1], inputs, weights[0].element_size())
-    programs = (0, *accumulate(triton.cdiv(width, rows) for width in widths))
+    programs = (0, *accumulate(cdiv(width, rows) for width in widths))
     outputs = torch.empty(batch, columns[-1], dtype=weights[0].dtype, device=x.device)
     x = rows_of(x)
     _projections[(programs[-1],)](

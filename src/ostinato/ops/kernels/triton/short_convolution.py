@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ostinato.ops.checks import accumulation_dtype
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
-from ostinato.ops.kernels.triton.launch import card, power_of_two, without_second_derivative
+from ostinato.ops.kernels.triton.launch import card, cdiv, power_of_two, without_second_derivative
 from ostinato.ops.kernels.triton.newton_scan_cells import LOG2E, gate
 
 _WIDEST = 16
@@ -277,11 +277,11 @@ def _plan(inputs: Sequence[Tensor], width: int, walk: _Walk, beyond: int = 0) ->
     batch, time, _ = inputs[0].shape
     channels = tuple(part.shape[2] for part in inputs)
     block = min(_CHANNELS, _CHANNELS * 4 // power_of_two(width))
-    blocks = [triton.cdiv(each, block) for each in channels]
+    blocks = [cdiv(each, block) for each in channels]
     pieces = max(1, card(inputs[0].device).processors * walk.programs // max(1, sum(blocks) * batch))
-    steps = max(_LEAST, triton.cdiv(time, pieces)) + beyond
-    steps = triton.cdiv(steps, walk.unrolled) * walk.unrolled - beyond
-    grid = (sum(blocks), triton.cdiv(time, steps), batch)
+    steps = max(_LEAST, cdiv(time, pieces)) + beyond
+    steps = cdiv(steps, walk.unrolled) * walk.unrolled - beyond
+    grid = (sum(blocks), cdiv(time, steps), batch)
     return _Plan(grid, channels, (0, *accumulate(blocks[:-1])), (0, *accumulate(channels[:-1])), steps, block)
 
 

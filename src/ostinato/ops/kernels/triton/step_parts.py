@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ostinato.ops.chained import in_chain
 from ostinato.ops.checks import accumulation_dtype
-from ostinato.ops.kernels.triton.launch import INTERPRETED, card, power_of_two, tensors_in
+from ostinato.ops.kernels.triton.launch import INTERPRETED, card, cdiv, power_of_two, tensors_in
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -47,7 +47,7 @@ def dependent(device: torch.device) -> dict[str, Any]:
 def tile(rows: int, inputs: int, size: int, matrices: int = 1) -> tuple[int, int]:
     """Rows of a program and its warps, for products with `matrices` weights of `size` bytes an element."""
     block, row = 16, inputs * size * matrices
-    while block > 1 and (block * row > BYTES or triton.cdiv(rows, block) < PROGRAMS):
+    while block > 1 and (block * row > BYTES or cdiv(rows, block) < PROGRAMS):
         block //= 2
     return block, min(8, power_of_two(max(1, block * row // (32 * THREAD_BYTES))))
 

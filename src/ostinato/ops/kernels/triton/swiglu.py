@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ostinato.ops.kernels.triton.eager import call_once, eagerly
-from ostinato.ops.kernels.triton.launch import without_second_derivative
+from ostinato.ops.kernels.triton.launch import cdiv, without_second_derivative
 
 _BLOCK = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,9 +42,7 @@ def gated(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) ⊙ value; see `ostinato.ops.swiglu`."""
     outputs = torch.empty_like(gate, memory_format=torch.contiguous_format)
     size = gate.numel()
-    _forward[(triton.cdiv(size, _BLOCK),)](
-        gate.contiguous(), value.contiguous(), outputs, size, BLOCK=_BLOCK, num_warps=8
-    )
+    _forward[(cdiv(size, _BLOCK),)](gate.contiguous(), value.contiguous(), outputs, size, BLOCK=_BLOCK, num_warps=8)
     return outputs
 
 
@@ -58,7 +56,7 @@ def gated_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, T
     """The gradients of gate and value."""
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (gate, value)]
     size = gate.numel()
-    _backward[(triton.cdiv(size, _BLOCK),)](
+    _backward[(cdiv(size, _BLOCK),)](
         grad.contiguous(), gate.contiguous(), value.contiguous(), *grads, size, BLOCK=_BLOCK, num_warps=8
     )
     return grads[0], grads[1]
