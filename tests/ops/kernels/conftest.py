@@ -33,7 +33,7 @@ def device() -> torch.device:
 def alone(tmp_path: Path) -> Callable[..., str]:
     """Runs a script in a process of its own, kernels compiled anew, and returns what it printed.
 
-    It can import `offline`, to compile for a card that is not there.
+    It can import `offline`, to compile for a card that is not there, and `machine_code`.
     """
 
     def run(script: str, *arguments: str) -> str:

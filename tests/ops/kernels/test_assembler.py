@@ -1,4 +1,5 @@
-"""What Hopper's assembler is given: never one place in shared memory as tiles of two widths (`launch.narrowest`)."""
+"""Hopper's assembler is never given one place in shared memory as tiles of two widths (`launch.narrowest`), and what it
+makes leaves the registers of a running product alone (`machine_code`)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import re, sys
-import offline, torch
+import machine_code, offline, torch
 offline.start()
 from ostinato import backend, ops
 from ostinato.ops.kernels.triton import ahead, launch
@@ -35,7 +36,7 @@ def call(engine, K, V):
 
 with backend(linear_attention="triton", delta_rule="triton", exponential_attention="triton"):
     call(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).sum().backward()
-kernels = products = 0
+kernels = products = assembled = 0
 for name, kernel in offline.compiled():
     places, kernels = {}, kernels + 1
     # A description's place is added to, or joined with, a constant that says in its upper half how wide the tile is.
@@ -44,7 +45,11 @@ for name, kernel in offline.compiled():
     products += len(places)
     if any(len(kinds) > 1 for kinds in places.values()):
         print(f"{name} {sys.argv[1:]}: {places}")
-print(kernels > 1 and products > 0)
+    count, faults = machine_code.faults(kernel.asm["cubin"])
+    assembled += count
+    if faults:
+        print(f"{name} {sys.argv[1:]}: {faults}")
+print(kernels > 1 and products > 0 and assembled > 0)
 """
 
 
@@ -60,10 +65,30 @@ CASES = [
 
 
 @pytest.mark.parametrize(("engine", "keys", "values"), CASES)
-def test_no_place_is_described_in_two_ways(engine: str, keys: int, values: int, alone: Callable[..., str]) -> None:
+def test_what_is_assembled(engine: str, keys: int, values: int, alone: Callable[..., str]) -> None:
     assert alone(SCRIPT, engine, str(keys), str(values), "64") == "True"
 
 
 def test_tiles_of_two_widths(alone: Callable[..., str]) -> None:
     """What the test above looks for is there where tiles are narrower than a line."""
     assert "walk" in alone(SCRIPT, "linear", "24", "100", "32")
+
+
+RUNNING = """
+import machine_code
+product = "HGMMA.64x32x16.F32.BF16 R56, R120, gdesc[UR4].tnspB, R56, gsb0"
+another = "HGMMA.64x32x16.F32.BF16 R88, gdesc[UR4], R88, gsb0"
+early = ["IMAD.MOV.U32 R121, RZ, RZ, RZ", "FADD R1, R57, R2", "STS.128 [R3], R56", "LDS.128 R118, [R2]"]
+for instruction in early:
+    machine_code.instructions = lambda _: iter([product, "STG.E.64 [R2.64], R4", instruction])
+    assert machine_code.faults(b"") == (1, [instruction]), instruction
+    machine_code.instructions = lambda _: iter([product, "WARPGROUP.DEPBAR.LE gsb0, 0x0", instruction])
+    assert machine_code.faults(b"") == (1, []), instruction
+one_left = [product, another, "WARPGROUP.DEPBAR.LE gsb0, 0x1", "FADD R1, R57, R2", "FADD R1, R89, R2"]
+machine_code.instructions = lambda _: iter(one_left)
+assert machine_code.faults(b"") == (2, one_left[-1:])
+"""
+
+
+def test_what_touches_a_running_product(alone: Callable[..., str]) -> None:
+    alone(RUNNING)
