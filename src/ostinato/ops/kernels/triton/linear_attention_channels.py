@@ -51,7 +51,7 @@ def sums(which, of, FINE: tl.constexpr):
     if FINE:
         return tl.dot(which.to(tl.float32), of, input_precision="ieee")
     chosen = which.to(tl.float32).to(tl.bfloat16)
-    if of.shape[1] < 64:
+    if of.shape[1] < 64:  # Tiles that do not fill a line: see `right_factor`. Wider ones would need more registers.
         return times(chosen, right_factor(of, tl.bfloat16, "ieee", True), "ieee", True)
     high, low = terms(of, tl.bfloat16, "ieee", True)
     return tl.dot(chosen, high, acc=tl.dot(chosen, low))
