@@ -371,7 +371,7 @@ def main() -> None:
         raise SystemExit("benchmarks/gpu.py needs a CUDA device; benchmarks/cpu.py is for a CPU")
     torch.manual_seed(0)
     if options.first:
-        CALLS[options.first]().ours.training()
+        CALLS[options.first]().ours.learn()
         torch.cuda.synchronize()
         print(imported - options.since, time.monotonic() - options.since)
         return

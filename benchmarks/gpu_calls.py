@@ -38,6 +38,13 @@ class Side:
         first = out[0] if isinstance(out, tuple) else out
         torch.autograd.grad(first, wanted, self.cotangent(first), allow_unused=True)
 
+    def learn(self) -> None:
+        """The gradient of a sum, as a training program asks for it."""
+        wanted = [a for a in self.arguments if isinstance(a, Tensor) and a.requires_grad]
+        out = self.function(*self.arguments)
+        first = out[0] if isinstance(out, tuple) else out
+        torch.autograd.grad(first.sum(), wanted, allow_unused=True)
+
     def cotangent(self, like: Tensor) -> Tensor:
         if getattr(self, "_cotangent", None) is None:
             self._cotangent = torch.randn_like(like)
