@@ -267,14 +267,17 @@ def with_fla_layers(model: Any) -> Any:
 
 
 def training(peers: bool, compiled: bool, steps: int = 16, batch: int = 8, window: int = 2048) -> list[Row]:
-    """Tokens a second of `fit`, bf16, 12 layers of width 768, ours and the same model on the peer's layers."""
+    """Tokens a second of `fit`, bf16, 12 layers of width 768, ours and the same model on the peer's layers.
+
+    `captured`: with `capture=True`, so that the device does not wait for the host; both sides.
+    """
 
     task = ostinato.task("text", corpus="stdlib", window=window, carry=False, max_bytes=4_000_000)
     makers = {"ours": language_model}
     if peers:
         makers["flash-linear-attention layers"] = lambda: with_fla_layers(language_model())
-    if compiled:
-        makers |= {f"{name}, compiled": make for name, make in makers.items()}
+    ways = ["", ", captured", *((", compiled", ", compiled and captured") if compiled else ())]
+    makers = {name + way: make for way in ways for name, make in makers.items()}
     rows = []
     for name, make in makers.items():
         try:
@@ -288,7 +291,7 @@ def training(peers: bool, compiled: bool, steps: int = 16, batch: int = 8, windo
             history = ostinato.fit(
                 model, task, steps=steps, batch_size=batch, learning_rate=1e-3, mixed_precision="bf16",
                 evaluate_every=0, evaluation_batches=1, progress=False, callbacks=[note],
-                compile="compiled" in name,
+                compile="compiled" in name, capture="captured" in name,
             )  # fmt: skip
             taken = [after - before for before, after in pairwise(ends[4:])]
             rate = batch * window / statistics.median(taken)

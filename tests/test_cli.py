@@ -94,6 +94,12 @@ def test_train_can_compile_the_blocks(tmp_path: Path, book: Path, monkeypatch: p
     assert asked == ["inductor", "inductor"]
 
 
+def test_a_step_is_captured_on_a_gpu_only(tmp_path: Path, book: Path) -> None:
+    said = refused("train", book, *TINY, "--capture", "--device", "cpu", "--out", tmp_path / "run")
+    assert "capture=True needs a CUDA device" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_generate_streams_and_is_repeatable(run: Path) -> None:
     first = ostinato("generate", run, "--prompt", "The ", "--seed", 1, "--max-tokens", 12).stdout
     again = ostinato("generate", run, "--prompt", "The ", "--seed", 1, "--max-tokens", 12).stdout

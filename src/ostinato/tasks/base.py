@@ -49,19 +49,20 @@ class Batch(NamedTuple):
     def to(self, device: Any) -> Batch:
         """The same batch on another device; to a GPU without waiting for what it is doing."""
         if torch.device(device).type != "cuda":
-            return self._each(lambda tensor: tensor.to(device))
-        host = self._each(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
-        return host._each(lambda tensor: tensor.to(device, non_blocking=True))
+            return self.each(lambda tensor: tensor.to(device))
+        host = self.each(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+        return host.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the sequences."""
-        return self._each(lambda tensor: tensor[start:stop])
+        return self.each(lambda tensor: tensor[start:stop])
 
     def steps(self, start: int, stop: int) -> Batch:
         """Some of the time steps."""
-        return self._each(lambda tensor: tensor[:, start:stop])
+        return self.each(lambda tensor: tensor[:, start:stop])
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
         reset = None if self.reset is None else change(self.reset)
         begins = None if self.begins is None else change(self.begins)
         return Batch(change(self.inputs), change(self.targets), change(self.mask), reset, self.split, begins)

@@ -1,0 +1,135 @@
+"""`fit(capture=True)`: the curve of a run without it, in the same memory every step; clear errors where it cannot be.
+
+Without a CUDA device a stand-in records: it does a step again and writes what comes out where it lay the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ostinato
+import ostinato.state
+from ostinato.errors import BackendError, ConfigurationError
+from ostinato.tasks.base import Batch, Task
+from ostinato.tasks.text import Text
+from ostinato.training import captured
+from ostinato.training.captured import Captured, Outputs
+from ostinato.training.fit import fit
+from ostinato.training.plugs import backpropagation, truncated
+
+QUIET: dict[str, Any] = {"progress": False, "batch_size": 4, "evaluate_every": 0, "checkpoint_every": 0}
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
+
+
+def build(plan: str = "gated_delta_net(heads=2), min_gru") -> ostinato.LanguageModel:
+    torch.manual_seed(0)
+    return ostinato.LanguageModel(d_model=32, plan=plan, depth=2, dropout=0.0)
+
+
+def flat(outputs: Outputs) -> list[Tensor]:
+    loss, state, gradients = outputs
+    return [loss, *(leaf for _, leaf in ostinato.state.leaves(state)), *(g for g in gradients if g is not None)]
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The stand-in; how often each of its recordings was repeated."""
+    counts: list[int] = []
+
+    def record(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        outputs, index = step(), len(counts)
+        counts.append(0)
+
+        def repeat() -> None:
+            counts[index] += 1
+            for held, new in zip(flat(outputs), flat(step()), strict=True):
+                held.copy_(new)
+
+        return outputs, repeat
+
+    monkeypatch.setattr(captured, "record", record)
+    return counts
+
+
+def test_a_recorded_run_is_the_run(text: Text, recordings: list[int]) -> None:
+    """The first window has no state, the others have one; three of these are done as ever."""
+    plain = fit(build(), text, steps=8, device="cpu", **QUIET)
+    found = fit(build(), text, steps=8, device="cpu", gradient=Captured(backpropagation), **QUIET)
+    assert found.losses == plain.losses
+    assert found.gradient_norms == plain.gradient_norms
+    assert recordings == [8 - 1 - 3]
+
+
+def test_kinds_are_recorded_apart_and_not_without_end(recordings: list[int]) -> None:
+    model = build("min_gru")
+    task = ostinato.task("text", corpus="stdlib", window=8, max_bytes=20_000)
+    gradient = Captured(backpropagation, eager=0, most=2)
+
+    def losses(rule: Any) -> list[float]:
+        found = []
+        for step, rows in enumerate((4, 3, 2, 4, 2)):
+            model.zero_grad()
+            batch = task.train_batch(step, rows, 0)
+            loss, _ = rule(model, task, batch, None, ostinato.training.plugs.task_loss, Tensor.backward)
+            found += [float(loss), *(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)]
+        return found
+
+    wanted = losses(backpropagation)
+    assert losses(gradient) == wanted
+    assert recordings == [2, 1]
+
+
+def test_where_it_cannot_be(text: Text) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match=r"needs a CUDA device; this run is on cpu"):
+            fit(build(), text, steps=1, capture=True, **QUIET)
+        return
+    with pytest.raises(ConfigurationError, match="gradient_accumulation=1"):
+        fit(build(), text, steps=1, capture=True, gradient_accumulation=2, **QUIET)
+    with pytest.raises(ConfigurationError, match="'fp16'"):
+        fit(build(), text, steps=1, capture=True, mixed_precision="fp16", **QUIET)
+    with pytest.raises(BackendError, match="train without capture"):
+        fit(build(), text, steps=9, capture=True, gradient=truncated(8), **QUIET)
+
+
+@on_gpu
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_on_a_device(text: Text, mixed_precision: str) -> None:
+    plain = fit(build(), text, steps=12, mixed_precision=mixed_precision, **QUIET)
+    found = fit(build(), text, steps=12, mixed_precision=mixed_precision, capture=True, **QUIET)
+    assert found.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert found.losses[-1] < found.losses[0]
+
+
+class Noisy(nn.Module):
+    """Dropout before an embedding's readout: the masks of two steps must differ."""
+
+    vocab_size = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.dropout, self.read = nn.Embedding(256, 16), nn.Dropout(0.5), nn.Linear(16, 256)
+
+    def forward(self, tokens: Tensor, state: Any = None, reset: Any = None) -> tuple[Tensor, Any]:
+        return self.read(self.dropout(self.embed(tokens))), state
+
+
+@on_gpu
+def test_random_numbers_differ_from_step_to_step() -> None:
+    class Same(Task):
+        name, vocab_size, chance = "same", 256, 1 / 256
+
+        def train_batch(self, step: int, batch_size: int, seed: int) -> Batch:
+            ones = torch.ones(batch_size, 16, dtype=torch.long)
+            return Batch(ones, ones, ones.bool())
+
+        def test_batches(self) -> Any:
+            yield self.train_batch(0, 2, 0)
+
+    losses = fit(Noisy(), Same(), steps=12, capture=True, learning_rate=0.0, **QUIET).losses
+    assert len(set(losses)) == len(losses)
