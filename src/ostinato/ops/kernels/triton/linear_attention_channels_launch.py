@@ -71,10 +71,10 @@ class ChannelWalks(Walks):
         fine, grid = values.dtype == torch.float32, self.grid(values, sizes)
         constants["TWO"] = values.dtype == torch.bfloat16
         shared = (self.log_decay, self.reset, self.totals, self.strong, self.rows.bit_length() - 1)
+        # The longest to compile is asked for first.
+        kernel[grid](*arguments, *shared, FINE=fine, STRONG=1, **{**constants, "STAGES": 1})
         if not fine:
             kernel[grid](*arguments, *shared, FINE=fine, STRONG=0, **constants)
-        constants["STAGES"] = 1
-        kernel[grid](*arguments, *shared, FINE=fine, STRONG=1, **constants)
 
     def outputs(
         self,
