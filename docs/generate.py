@@ -105,7 +105,23 @@ def speed_summary() -> str:
     machine = content["machine"]
     where = f"{machine['gpu']}, torch {machine['torch']}, {content['date']}; forward with backward, queued behind other"
     how = f"work, so without what the host takes to launch. {content['conditions']}"
-    return f"{table(headers, rows)}\n{where}\n{how}\n"
+    return f"{table(headers, rows)}\n{where}\n{how}\n\n{whole_models(content)}\n"
+
+
+def whole_models(content: dict) -> str:
+    """What a benchmark on a GPU found of training, streaming and first results, in sentences."""
+    rates = {row["side"]: f"{row['tokens a second']:,}" for row in content["training"]}
+    peer = "flash-linear-attention layers"
+    token = min(row["µs a token"] for row in content["streaming"])
+    firsts = [row["seconds"] for row in content["first result"]]
+    model = content["training"][0]["model"].removesuffix(", ours by `fit`")
+    return (
+        f"In the same run, {model}: `fit(capture=True)` reads "
+        f"{rates['ours, captured']} tokens a second, on {peer} {rates[f'{peer}, captured']}; launched by the host, as "
+        f"usual, {rates['ours']} and {rates[peer]}. A streamed token of that model takes {token:.0f} µs. The first "
+        f"gradient of a call came {min(firsts)} to {max(firsts)} s after the start of its process, nothing compiled "
+        "before."
+    )
 
 
 def _sides(row: dict) -> list[dict]:
