@@ -215,6 +215,10 @@ def test_m2rnn(device, dtype, size):
         assert_agrees(Problem(M2RNN(), device, dtype, time=time, dim=size, state=state))
 
 
+def test_m2rnn_with_rows_for_two_programs_of_many_columns(device):
+    assert_agrees(Problem(M2RNN(), device, torch.bfloat16, batch=1, time=3 if INTERPRETED else 130, dim=(70, 64)))
+
+
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
 def test_m2rnn_in_half_precision(device, dtype, reset):

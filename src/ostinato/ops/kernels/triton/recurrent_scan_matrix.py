@@ -104,8 +104,8 @@ def forward_kernel(
     if RESET:
         memory = tl.where(tl.load(reset + b * time) != 0, 0.0, memory)
     product = _product(memory, mixing, HALF, TWO)
-    # What feeds the product and is large enough is copied to shared memory in the background, STAGES − 1 steps
-    # ahead; values and gates are loaded one step ahead.
+    # What a step takes is loaded in the one before. What of it feeds the product, and is large enough, the compiler
+    # copies to shared memory in the background, STAGES − 1 steps earlier.
     for t in tl.range(0, time, num_stages=STAGES):
         go = tl.where(t + 1 < time, heads, 0)
         k_at += go * KEY
@@ -224,8 +224,7 @@ def backward_kernel(
     v = _row(v_at, column, VALUE, VALUE == V)
     f = tl.load(f_at).to(tl.float32)
     d_mixing = tl.zeros((V, V), tl.float32)
-    # The memory that enters is both a factor and a number, for which the compiler does not copy it ahead: it is
-    # loaded one step ahead, as values and gates are.
+    # The memory that enters is both a factor and a number, for which the compiler does not copy it in the background.
     y_at = outputs + (final - tl.where(time > 1, heads, 0)) * KEY * VALUE + here
     entering = tl.load(y_at, mask=mask, other=0.0)
     for back in tl.range(0, time - 1, num_stages=STAGES):
