@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,15 +55,21 @@ class Driver:
 def start() -> None:
     """From here on, tensors of the processor are taken for some of an H100."""
     driver.set_active(Driver())
+    list(_modules())  # They choose, as they are imported, between a card and the interpreter.
     launch.INTERPRETED = True
     launch.card = lambda _: launch.Card(132, 232448, (9, 0))
 
 
+def _modules() -> Iterator[ModuleType]:
+    for info in pkgutil.iter_modules(package.__path__):
+        yield importlib.import_module(f"{package.__name__}.{info.name}")
+
+
 def compiled() -> Iterator[tuple[str, Any]]:
     """The kernels that were compiled so far, by name."""
-    for info in pkgutil.iter_modules(package.__path__):
-        for name, function in vars(importlib.import_module(f"{package.__name__}.{info.name}")).items():
-            if isinstance(function, JITFunction) and function.__module__.endswith(info.name):
+    for module in _modules():
+        for name, function in vars(module).items():
+            if isinstance(function, JITFunction) and function.__module__ == module.__name__:
                 for cached, *_ in function.device_caches.values():
                     for kernel in cached.values():
                         yield name, kernel

@@ -14,6 +14,7 @@ import re, sys
 import machine_code, offline, torch
 offline.start()
 from ostinato import backend, ops
+from ostinato.ops import cells
 from ostinato.ops.kernels.triton import ahead, launch
 ahead.ENABLED = False
 launch.LINE = int(sys.argv[4])
@@ -22,7 +23,7 @@ def leaf(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, dtype=dtype).requires_grad_()
 
 def call(engine, K, V):
-    q, k, v = leaf(1, 300, 2, K), leaf(1, 300, 2, K), leaf(1, 300, 2, V)
+    q, k, v, w = leaf(1, 300, 2, K), leaf(1, 300, 2, K), leaf(1, 300, 2, V), leaf(2, V, V)
     head, channel, beta = (-torch.rand(1, 300, 2), -torch.rand(1, 300, 2, K), torch.rand(1, 300, 2))
     reset, state = torch.zeros(1, 300, dtype=torch.bool), torch.zeros(1, 2, K, V)
     return {
@@ -31,10 +32,12 @@ def call(engine, K, V):
         "linear_channels_reset": lambda: ops.linear_attention(q, k, v, channel, reset=reset, state=state),
         "delta": lambda: ops.delta_rule(q, k, v, beta, head, normalize=True, reset=reset, state=state),
         "delta_channels": lambda: ops.delta_rule(q, k, v, beta, channel, reset=reset),
+        "m2rnn": lambda: ops.recurrent_scan(cells.M2RNN(), (w,), (k, v, beta.bfloat16()), reset=reset),
         "exponential": lambda: ops.exponential_attention(q, k, v, beta, head, reset=reset),
     }[engine]()[0]
 
-with backend(linear_attention="triton", delta_rule="triton", exponential_attention="triton"):
+engines = ("linear_attention", "delta_rule", "exponential_attention", "recurrent_scan")
+with backend(**dict.fromkeys(engines, "triton")):
     call(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).sum().backward()
 kernels = products = assembled = 0
 for name, kernel in offline.compiled():
@@ -62,6 +65,7 @@ CASES = [
     ("delta", 256, 64),
     ("delta_channels", 24, 100),
     ("exponential", 64, 32),
+    ("m2rnn", 70, 64),
 ]
 
 
