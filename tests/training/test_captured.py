@@ -1,11 +1,10 @@
 """`fit(capture=True)`: the curve of a run without it, in the same memory every step; clear errors where it cannot be.
 
-Without a CUDA device a stand-in records: it does a step again and writes what comes out where it lay the first time.
+Without a CUDA device a stand-in replays: it does a step again and writes what comes out where it lay the first time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,9 +17,10 @@ from ostinato.errors import BackendError, ConfigurationError
 from ostinato.tasks.base import Batch, Task
 from ostinato.tasks.text import Text
 from ostinato.training import captured
-from ostinato.training.captured import Captured, Outputs
+from ostinato.training.captured import Captured, Step
 from ostinato.training.fit import fit
-from ostinato.training.plugs import backpropagation, truncated
+from ostinato.training.plugs import backpropagation, task_loss, truncated
+from ostinato.training.recorded import Recorded
 
 QUIET: dict[str, Any] = {"progress": False, "batch_size": 4, "evaluate_every": 0, "checkpoint_every": 0}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
@@ -31,57 +31,64 @@ def build(plan: str = "gated_delta_net(heads=2), min_gru") -> ostinato.LanguageM
     return ostinato.LanguageModel(d_model=32, plan=plan, depth=2, dropout=0.0)
 
 
-def flat(outputs: Outputs) -> list[Tensor]:
-    loss, state, gradients = outputs
-    return [loss, *(leaf for _, leaf in ostinato.state.leaves(state)), *(g for g in gradients if g is not None)]
+def flat(step: Step) -> list[Tensor]:
+    """All that a step computes."""
+    return [step.loss, *(leaf for _, leaf in ostinato.state.leaves(step.after)), *step.gradients]
 
 
 @pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The stand-in; how often each of its recordings was repeated."""
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The stand-in; how often each kind of step was replayed."""
     counts: list[int] = []
 
-    def record(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        outputs, index = step(), len(counts)
-        counts.append(0)
+    class StandIn(Recorded):
+        def __init__(self, function: Any, device: torch.device) -> None:
+            super().__init__(function, device)
+            self.step, self.calls, self.index = function.__self__, 0, len(counts)
+            counts.append(0)
 
-        def repeat() -> None:
-            counts[index] += 1
-            for held, new in zip(flat(outputs), flat(step()), strict=True):
-                held.copy_(new)
+        def __call__(self) -> None:
+            self.calls += 1
+            if self.calls <= 4:
+                return self.step.run()
+            counts[self.index] += 1
+            held = self.step.loss, self.step.after, list(self.step.gradients)
+            before = flat(self.step)
+            self.step.run()
+            for old, new in zip(before, flat(self.step), strict=True):
+                if old is not None:
+                    old.copy_(new)
+            self.step.loss, self.step.after, self.step.gradients = held
 
-        return outputs, repeat
-
-    monkeypatch.setattr(captured, "record", record)
+    monkeypatch.setattr(captured, "Recorded", StandIn)
     return counts
 
 
-def test_a_recorded_run_is_the_run(text: Text, recordings: list[int]) -> None:
-    """The first window has no state, the others have one; three of these are done as ever."""
+def test_a_recorded_run_is_the_run(text: Text, replays: list[int]) -> None:
+    """The first window has no state, the others have one; three of these are done as ever, and one is recorded."""
     plain = fit(build(), text, steps=8, device="cpu", **QUIET)
     found = fit(build(), text, steps=8, device="cpu", gradient=Captured(backpropagation), **QUIET)
     assert found.losses == plain.losses
     assert found.gradient_norms == plain.gradient_norms
-    assert recordings == [8 - 1 - 3]
+    assert replays == [0, 8 - 1 - 4]
 
 
-def test_kinds_are_recorded_apart_and_not_without_end(recordings: list[int]) -> None:
+def test_kinds_are_recorded_apart_and_not_without_end(replays: list[int]) -> None:
     model = build("min_gru")
     task = ostinato.task("text", corpus="stdlib", window=8, max_bytes=20_000)
-    gradient = Captured(backpropagation, eager=0, most=2)
+    rows = (4, 3, 2, 4, 3, 4, 3, 4, 3, 2, 4, 4)
 
     def losses(rule: Any) -> list[float]:
         found = []
-        for step, rows in enumerate((4, 3, 2, 4, 2)):
+        for step, count in enumerate(rows):
             model.zero_grad()
-            batch = task.train_batch(step, rows, 0)
-            loss, _ = rule(model, task, batch, None, ostinato.training.plugs.task_loss, Tensor.backward)
+            loss, _ = rule(model, task, task.train_batch(step, count, 0), None, task_loss, Tensor.backward)
             found += [float(loss), *(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)]
         return found
 
     wanted = losses(backpropagation)
-    assert losses(gradient) == wanted
-    assert recordings == [2, 1]
+    assert losses(Captured(backpropagation, most=2)) == wanted
+    assert replays == [rows.count(4) - 4, rows.count(3) - 4]
 
 
 def test_where_it_cannot_be(text: Text) -> None:
