@@ -33,17 +33,20 @@ class Side:
             return self.function(*self.arguments)
 
     def training(self) -> None:
-        wanted = [a for a in self.arguments if isinstance(a, Tensor) and a.requires_grad]
-        out = self.function(*self.arguments)
-        first = out[0] if isinstance(out, tuple) else out
-        torch.autograd.grad(first, wanted, self.cotangent(first), allow_unused=True)
+        outputs = self.outputs()
+        torch.autograd.grad(outputs, self.wanted(), self.cotangent(outputs), allow_unused=True)
 
     def learn(self) -> None:
         """The gradient of a sum, as a training program asks for it."""
-        wanted = [a for a in self.arguments if isinstance(a, Tensor) and a.requires_grad]
+        torch.autograd.grad(self.outputs().sum(), self.wanted(), allow_unused=True)
+
+    def outputs(self) -> Tensor:
         out = self.function(*self.arguments)
-        first = out[0] if isinstance(out, tuple) else out
-        torch.autograd.grad(first.sum(), wanted, allow_unused=True)
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
+
+    def wanted(self) -> list[Tensor]:
+        return [a for a in self.arguments if isinstance(a, Tensor) and a.requires_grad]
 
     def cotangent(self, like: Tensor) -> Tensor:
         if getattr(self, "_cotangent", None) is None:

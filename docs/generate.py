@@ -116,11 +116,10 @@ def whole_models(content: dict) -> str:
     firsts = [row["seconds"] for row in content["first result"]]
     model = content["training"][0]["model"].removesuffix(", ours by `fit`")
     return (
-        f"In the same run, {model}: `fit(capture=True)` reads "
-        f"{rates['ours, captured']} tokens a second, on {peer} {rates[f'{peer}, captured']}; launched by the host, as "
-        f"usual, {rates['ours']} and {rates[peer]}. A streamed token of that model takes {token:.0f} µs. The first "
-        f"gradient of a call came {min(firsts)} to {max(firsts)} s after the start of its process, nothing compiled "
-        "before."
+        f"In the same run, {model}: `fit(capture=True)` reads {rates['ours, captured']} tokens a second, on {peer} "
+        f"{rates[f'{peer}, captured']}; launched by the host, as usual, {rates['ours']} and {rates[peer]}. A streamed "
+        f"token of that model takes {token:.0f} µs. The first gradient of a call came {min(firsts)} to {max(firsts)} s "
+        "after the start of its process, nothing compiled before."
     )
 
 

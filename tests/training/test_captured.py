@@ -67,7 +67,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_recorded_run_is_the_run(text: Text, replays: list[int]) -> None:
     """The first window has no state, the others have one; three of these are done as ever, and one is recorded."""
     plain = fit(build(), text, steps=8, device="cpu", **QUIET)
-    found = fit(build(), text, steps=8, device="cpu", gradient=Captured(backpropagation), **QUIET)
+    found = fit(build(), text, steps=8, device="cpu", capture=True, **QUIET)
     assert found.losses == plain.losses
     assert found.gradient_norms == plain.gradient_norms
     assert replays == [0, 8 - 1 - 4]
@@ -91,13 +91,29 @@ def test_kinds_are_recorded_apart_and_not_without_end(replays: list[int]) -> Non
     assert replays == [rows.count(4) - 4, rows.count(3) - 4]
 
 
-def test_where_it_cannot_be(text: Text) -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(BackendError, match=r"needs a CUDA device; this run is on cpu"):
-            fit(build(), text, steps=1, capture=True, **QUIET)
-        return
-    with pytest.raises(ConfigurationError, match="gradient_accumulation=1"):
+def test_where_there_is_no_gpu_nothing_changes(text: Text) -> None:
+    plain = fit(build(), text, steps=6, device="cpu", **QUIET)
+    assert fit(build(), text, steps=6, device="cpu", capture=True, **QUIET).losses == plain.losses
+
+
+def test_steps_that_are_not_alike(text: Text) -> None:
+    with pytest.raises(ConfigurationError, match=r"gradient_accumulation=1.* 2 and 'no'"):
         fit(build(), text, steps=1, capture=True, gradient_accumulation=2, **QUIET)
+
+
+def test_a_refusal_is_told(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(Recorded):
+        def __call__(self) -> None:
+            super().__call__()
+            self.refused = "it asks for a number"
+
+    monkeypatch.setattr(captured, "Recorded", Refusing)
+    with pytest.raises(BackendError, match="train without capture: it asks for a number"):
+        fit(build(), text, steps=1, device="cpu", capture=True, **QUIET)
+
+
+@on_gpu
+def test_what_a_device_refuses(text: Text) -> None:
     with pytest.raises(ConfigurationError, match="'fp16'"):
         fit(build(), text, steps=1, capture=True, mixed_precision="fp16", **QUIET)
     with pytest.raises(BackendError, match="train without capture"):

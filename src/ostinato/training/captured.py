@@ -1,7 +1,8 @@
 """The gradient of a training step as a CUDA graph: recorded once, launched once a step.
 
 A step of a small model launches thousands of kernels that each take microseconds, and the device waits for the host
-that launches them. A graph of them is launched by one call (`recorded`). `fit(…, capture=True)` takes it.
+that launches them. A graph of them is launched by one call (`recorded`; on a processor, every step is a plain one).
+`fit(…, capture=True)` takes it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ostinato.errors import BackendError, CheckpointError, ConfigurationError, DivergenceError
+from ostinato.errors import CheckpointError, ConfigurationError, DivergenceError
 from ostinato.tasks.base import Metrics, Task
 from ostinato.training import checkpoints
 from ostinato.training.captured import Captured
@@ -114,7 +114,7 @@ def fit(
             work between the engines becomes fewer passes over memory. The first step then waits for the compiler, and
             so does the first evaluation and every new shape; results differ by rounding from those without.
         capture: record the gradient of a step as a CUDA graph and replay it, see `ostinato.training.captured`: on a
-            GPU that waits for the host's launches, a step takes a fraction of the time. One process, on a CUDA device.
+            GPU that waits for the host's launches, a step takes a fraction of the time. Elsewhere it changes nothing.
         objective, gradient, curriculum: the places for learning rules, see `ostinato.training.plugs`.
         optimizer: from parameter groups to an optimiser; None is AdamW with betas (0.9, 0.95), fused on a GPU.
         schedule: from steps done to a factor on the learning rate; None is warm-up and cosine.
@@ -128,7 +128,7 @@ def fit(
     resume only in the first process).
 
     Raises:
-        BackendError: `capture` where there is no CUDA device, or of a step that waits for its device.
+        BackendError: `capture` of a step that waits for its device.
         ConfigurationError: an argument out of range; `compile` of a model without blocks; `capture` together with
             several processes, parts of a batch or "fp16", whose steps are not alike; a run in `directory` that is
             not to be resumed; a resumed run whose task, batch_size or seed is another.
@@ -160,7 +160,12 @@ def fit(
     make = optimizer or _adamw
     accelerator = _accelerator(mixed_precision, device)
     if capture:
-        gradient = _recorded(gradient, accelerator, gradient_accumulation)
+        if accelerator.num_processes > 1 or gradient_accumulation > 1 or mixed_precision == "fp16":
+            raise ConfigurationError(
+                f"capture=True takes one process, gradient_accumulation=1 and mixed_precision 'no' or 'bf16'; got "
+                f"{accelerator.num_processes} processes, {gradient_accumulation} and {mixed_precision!r}"
+            )
+        gradient = Captured(gradient)
     if batch_size % (accelerator.num_processes * gradient_accumulation):
         raise ConfigurationError(
             f"batch_size={batch_size} is not divisible by {accelerator.num_processes} processes × "
@@ -315,18 +320,6 @@ def _accelerator(mixed_precision: str, device: str | None) -> Any:
     if device is not None and accelerator.device.type != device:
         raise ConfigurationError(f"there is no device {device!r} here; Accelerate found {accelerator.device}")
     return accelerator
-
-
-def _recorded(gradient: Gradient, accelerator: Any, accumulation: int) -> Gradient:
-    """The gradient as a CUDA graph, where every step is the same work."""
-    if accelerator.device.type != "cuda":
-        raise BackendError(f"capture=True needs a CUDA device; this run is on {accelerator.device}")
-    if accelerator.num_processes > 1 or accumulation > 1 or accelerator.scaler is not None:
-        raise ConfigurationError(
-            f"capture=True takes one process, gradient_accumulation=1 and mixed_precision 'no' or 'bf16'; got "
-            f"{accelerator.num_processes} processes, {accumulation} and {accelerator.mixed_precision!r}"
-        )
-    return Captured(gradient)
 
 
 def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
